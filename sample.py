@@ -1,0 +1,273 @@
+"""Sampling: guidance, time grids, solvers, and the command that turns a checkpoint into pictures.
+
+The flow is integrated from noise at t = 1 to data at t = 0. Sample number i depends on (seed, i) only: its noise, its
+label and, for the SDE, the noise of every step, so batches and GPUs can be split in any way.
+
+    python sample.py runs/glyphs                               a grid of 64 samples, samples.png
+    python sample.py runs/glyphs --n 50000 --out samples.npz   ADM's layout: arr_0 uint8 NHWC shuffled, arr_1 labels
+    python sample.py runs/glyphs --n 1000 --out folder         PNG files
+    torchrun --nproc_per_node=2 sample.py ...                  the same images from two processes
+"""
+import dataclasses
+import os
+import typing
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+import data
+import model
+from data import option
+
+# --------------------------------------------------------------------------------------------------------------------
+# 1. Guidance and time grids
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def guided(net, guidance: float = 1.0, interval: tuple[float, float] = (0.0, 1.0), reference=None) -> typing.Callable:
+    """The velocity field (x (B, ...), t float, y (B,)) -> v with guidance s inside the interval, plain outside:
+
+        v = v_ref + s (v_net - v_ref)   for low <= t <= high
+
+    Without `reference`, v_ref is the same network under the null label: classifier-free guidance (arXiv:2207.12598, in
+    the form where s = 1 is no guidance) in an interval (arXiv:2404.07724). With `reference`, a smaller or less trained
+    network, v_ref is its velocity under the same label: autoguidance (arXiv:2406.02507).
+    """
+    low, high = interval
+    if not 0 <= low <= high <= 1:
+        raise ValueError(f"guidance interval {interval}: expected 0 <= low <= high <= 1, where 1 is noise")
+    if guidance != 1 and reference is None and not net.null_class:
+        raise ValueError(f"guidance {guidance} needs the null label, and this network was made without one: "
+                         f"use guidance 1, or a reference network")
+
+    def velocity(x: Tensor, t: float, y: Tensor) -> Tensor:
+        times = torch.full((len(x),), t, dtype=x.dtype, device=x.device)
+        if guidance == 1 or not low <= t <= high:
+            return net(x, times, y)
+        if reference is not None:
+            v, v_ref = net(x, times, y), reference(x, times, y)
+        else:  # both in one call: faster than two
+            null = torch.full_like(y, net.num_classes)
+            v, v_ref = net(torch.cat([x, x]), torch.cat([times, times]), torch.cat([y, null])).chunk(2)
+        return v_ref + guidance * (v - v_ref)
+
+    return velocity
+
+
+def time_grid(steps: int, shift: float = 1.0, rho: float = 1.0) -> list[float]:
+    """steps + 1 times from 1 to 0: u = (1 - k/steps)^rho, then t = shift u / (1 + (shift - 1) u).
+
+    rho > 1 takes small steps near the data, shift > 1 near the noise (SD3, arXiv:2403.03206, Eq. 23).
+    """
+    if steps < 1 or shift <= 0 or rho <= 0:
+        raise ValueError(f"time grid of {steps} steps, shift {shift}, rho {rho}: all must be positive")
+    u = (1 - torch.arange(steps + 1, dtype=torch.float64) / steps) ** rho
+    return (shift * u / (1 + (shift - 1) * u)).tolist()
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# 2. Solvers: (velocity, x at times[0], y, times, draws) -> x at times[-1]
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def euler(velocity: typing.Callable, x: Tensor, y: Tensor, times: list[float], draws=None) -> Tensor:
+    """First order, one evaluation a step."""
+    for t, r in zip(times, times[1:]):
+        x = x + (r - t) * velocity(x, t, y)
+    return x
+
+
+def heun(velocity: typing.Callable, x: Tensor, y: Tensor, times: list[float], draws=None) -> Tensor:
+    """Second order, two evaluations a step; the last step is Euler's (EDM, arXiv:2206.00364, Algorithm 1)."""
+    for t, r in zip(times, times[1:]):
+        v = velocity(x, t, y)
+        ahead = x + (r - t) * v
+        x = ahead if r == times[-1] else x + (r - t) * (v + velocity(ahead, r, y)) / 2
+    return x
+
+
+def ab2(velocity: typing.Callable, x: Tensor, y: Tensor, times: list[float], draws=None) -> Tensor:
+    """Adams-Bashforth: second order with one evaluation a step, by extrapolating the last two velocities."""
+    last_v = last_h = None
+    for t, r in zip(times, times[1:]):
+        v, h = velocity(x, t, y), r - t
+        slope = v if last_v is None else v + h / (2 * last_h) * (v - last_v)
+        x, last_v, last_h = x + h * slope, v, h
+    return x
+
+
+def sde(velocity: typing.Callable, x: Tensor, y: Tensor, times: list[float], draws: data.Draws) -> Tensor:
+    """Euler-Maruyama on the reverse SDE with diffusion w(t) = t (SiT's default `sigma`): from t to t - h,
+
+        x <- x - h (v - w s) + sqrt(2 w h) n,   score s = -(x + (1 - t) v) / t,
+
+    and the last step, from t = 0.04, without its noise (SiT, arXiv:2401.08740, Eq. 5 and Sec. 3.5). In the paper's
+    symbols w_t = 2 w. `times` gives the grid's form: it is laid over [0.04, 1].
+    """
+    last = 0.04
+    times = [last + (1 - last) * t for t in times[:-2]] + [last, 0.0] if len(times) > 2 else times
+    for k, (t, r) in enumerate(zip(times, times[1:])):
+        h = t - r
+        v = velocity(x, t, y)
+        w_score = -(x + (1 - t) * v)                                                             # w s with w = t
+        x = x - h * (v - w_score)
+        if r > 0:
+            x = x + (2 * t * h) ** 0.5 * draws.normal(f"sde {k}", x.shape[1:]).to(x)
+    return x
+
+
+SOLVERS = {"euler": euler, "heun": heun, "ab2": ab2, "sde": sde}
+
+
+@torch.no_grad()
+def sample(net, e: Tensor, y: Tensor, steps: int, solver: str = "euler", guidance: float = 1.0,
+           interval: tuple[float, float] = (0.0, 1.0), reference=None, shift: float = 1.0, rho: float = 1.0,
+           draws: data.Draws | None = None) -> Tensor:
+    """Samples (B, C, h, w) from noise e of that shape, float32 or wider, and labels y (B,).
+
+    net: velocity network. See `guided`, `time_grid` and SOLVERS for the options; `draws` is needed by `sde` only.
+    """
+    if solver not in SOLVERS:
+        raise ValueError(f"solver {solver!r}: choose one of {', '.join(SOLVERS)}")
+    state = e.to(torch.promote_types(e.dtype, torch.float32))
+    return SOLVERS[solver](guided(net, guidance, interval, reference), state, y, time_grid(steps, shift, rho), draws)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# 3. Many samples
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def labels_for(n: int, num_classes: int, classes: list[int] | None = None) -> Tensor:
+    """Label of each of n samples (n,): the classes in turn, so that every class is equally frequent."""
+    classes = classes or list(range(num_classes))
+    wrong = [k for k in classes if not 0 <= k < num_classes]
+    if wrong:
+        raise ValueError(f"class {wrong[0]}: this network knows the classes 0 .. {num_classes - 1}")
+    return torch.tensor(classes)[torch.arange(n) % len(classes)]
+
+
+def generate(net, labels: Tensor, seed: int, batch: int = 250, progress: str = "", **options):
+    """Yield (indices, uint8 images (b, 3, h, w)) of this process's share of the samples 0 .. len(labels) - 1.
+
+    net: a model.DiT on its device; `options` go to `sample`. Batches keep their composition whatever the number of
+    processes, and noise is drawn on the CPU: the images do not depend on the machine beyond its arithmetic.
+    """
+    shape, device = net.shape, next(net.parameters()).device
+    if shape[0] != 3:
+        raise ValueError(f"this network makes latents of {shape[0]} channels, and triflow cannot decode latents yet")
+    starts = range(data.rank() * batch, len(labels), data.world() * batch)
+    with tqdm(total=len(labels), desc=progress, unit="img", disable=not progress or data.rank() > 0) as bar:
+        for start in starts:
+            indices = list(range(start, min(start + batch, len(labels))))
+            draws = data.Draws(seed, indices)
+            e = draws.normal("sample noise", shape).to(device)
+            x = sample(net, e, labels[indices].to(device), draws=draws, **options)
+            yield indices, data.to_uint8(x).cpu()
+            bar.update(min(len(indices) * data.world(), bar.total - bar.n))
+
+
+def describe(steps: int, solver: str, guidance: float, interval: tuple[float, float] = (0.0, 1.0),
+             reference: str = "", shift: float = 1.0, rho: float = 1.0) -> str:
+    """How samples were made, in words, to stand beside every number computed from them."""
+    calls = 2 * steps - 1 if solver == "heun" else steps
+    text = f"{solver}, {steps} steps, {calls} network evaluations"
+    if shift != 1 or rho != 1:
+        text += f", grid shift {shift:g} rho {rho:g}"
+    if guidance == 1:
+        return text + ", no guidance"
+    kind = f"autoguidance by {reference}" if reference else "guidance"
+    where = "" if interval == (0.0, 1.0) else f" on t in [{interval[0]:g}, {interval[1]:g}]"
+    return f"{text} (doubled where guided), {kind} {guidance:g}{where}"
+
+
+def find_checkpoint(path: str) -> Path:
+    """A checkpoint file from its own path or from a run folder; FileNotFoundError when neither is there."""
+    found = Path(path) / "last.pt" if Path(path).is_dir() else Path(path)
+    if not found.exists():
+        raise FileNotFoundError(f"{found}: no such checkpoint; expected a run folder with last.pt, or a .pt file")
+    return found
+
+
+@dataclasses.dataclass
+class Config:
+    checkpoint: str = option("", "a run folder, or a checkpoint: ours, or an official DiT or SiT file")
+    n: int = option(64, "number of samples")
+    steps: int = option(50, "solver steps")
+    solver: str = option("ab2", "how the flow is integrated", tuple(SOLVERS))
+    guidance: float = option(1.5, "guidance scale; 1 is none")
+    guidance_low: float = option(0.0, "guide only where t is at least this (0 is data)")
+    guidance_high: float = option(1.0, "guide only where t is at most this (1 is noise)")
+    reference: str = option("", "autoguidance: the checkpoint of a weaker network, instead of the null label")
+    shift: float = option(1.0, "time grid: larger takes smaller steps near the noise")
+    rho: float = option(1.0, "time grid: larger takes smaller steps near the data")
+    classes: str = option("", "labels to sample, such as 3 or 1,5,7; all in turn when empty")
+    seed: int = option(0, "sample i depends on (seed, i) only")
+    batch: int = option(250, "samples at a time on each process")
+    ema: bool = option(True, "use the averaged weights")
+    device: str = option("auto", "where to run", ("auto", "cpu", "cuda", "mps"))
+    out: str = option("samples.png", "a .png grid, an ADM-layout .npz, or a folder for PNG files")
+
+
+def main(argv: list[str] | None = None) -> None:
+    cfg = data.parse(Config, argv, __doc__, ("checkpoint",))
+    if not cfg.checkpoint:
+        raise ValueError("which checkpoint? python sample.py runs/glyphs (python sample.py --help lists the options)")
+    if cfg.n < 1:
+        raise ValueError(f"--n {cfg.n}: expected at least one sample")
+    device = data.start_processes(cfg.device)
+    net = model.load(find_checkpoint(cfg.checkpoint), ema=cfg.ema).to(device).eval()
+    reference = model.load(find_checkpoint(cfg.reference), ema=cfg.ema).to(device).eval() if cfg.reference else None
+    try:
+        classes = [int(k) for k in cfg.classes.split(",")] if cfg.classes else None
+    except ValueError:
+        raise ValueError(f"--classes {cfg.classes}: expected whole numbers such as 1,5,7") from None
+    labels = labels_for(cfg.n, net.num_classes, classes)
+    options = dict(steps=cfg.steps, solver=cfg.solver, guidance=cfg.guidance, shift=cfg.shift, rho=cfg.rho,
+                   interval=(cfg.guidance_low, cfg.guidance_high))
+    write_samples(generate(net, labels, cfg.seed, cfg.batch, "sampling", reference=reference, **options),
+                  labels, net.shape, Path(cfg.out))
+    if data.rank() == 0:
+        print(f"wrote {cfg.out}: {cfg.n:,} samples, {describe(reference=cfg.reference, **options)}, "
+              f"{'EMA' if cfg.ema else 'last'} weights, seed {cfg.seed}")
+    data.stop_processes()
+
+
+def write_samples(generated, labels: Tensor, shape: tuple, out: Path, columns: int | None = None) -> None:
+    """Write (indices, uint8 images) batches of all processes to a .png grid, a shuffled .npz or a folder of PNGs.
+
+    Processes of one machine meet in a memory-mapped file, so 50,000 images need no 50,000 images of memory.
+    """
+    n, folder = len(labels), out.suffix not in (".png", ".npz")
+    (out if folder else out.parent).mkdir(parents=True, exist_ok=True)
+    digits = len(str(n - 1))
+    if folder:
+        for indices, images in generated:
+            for i, image in zip(indices, images.permute(0, 2, 3, 1).numpy()):
+                Image.fromarray(image).save(out / f"{i:0{digits}d}_class{int(labels[i])}.png")
+        return data.barrier()
+    # ADM's evaluator takes the Inception Score over chunks of a file: sorted by class they would score far too low.
+    place = torch.randperm(n, generator=data.generator("npz order")) if out.suffix == ".npz" else torch.arange(n)
+    scratch = out.with_name(out.name + ".tmp.npy")
+    if data.rank() == 0:
+        np.lib.format.open_memmap(scratch, "w+", np.uint8, (n, *shape[1:], shape[0])).flush()
+    data.barrier()
+    rows = np.load(scratch, mmap_mode="r+")
+    for indices, images in generated:
+        rows[place[indices].numpy()] = images.permute(0, 2, 3, 1).numpy()
+    rows.flush()
+    data.barrier()
+    if data.rank() == 0:
+        if out.suffix == ".npz":
+            np.savez(out, arr_0=rows, arr_1=labels[torch.argsort(place)].numpy())
+        else:
+            data.grid(torch.from_numpy(np.array(rows)).permute(0, 3, 1, 2), columns).save(out)
+        os.remove(scratch)
+
+
+if __name__ == "__main__":
+    data.run_cli(main)

@@ -1,0 +1,481 @@
+"""Training: one loop for every objective, on one process or many.
+
+    python train.py                                        flow matching on glyphs: minutes on a laptop's CPU
+    python train.py --data FOLDER --size 64 --model SiT-S/4 --predict x --out runs/mine
+    torchrun --nproc_per_node=2 train.py ...               the same run, shared by two processes
+    python train.py ... --resume                           go on where a run stopped, bit for bit
+
+A run folder holds config.json, log.jsonl (one object a logged step), loss.png, samples/*.png, last.pt (the checkpoint)
+and final.json (the scores and how they were measured).
+
+Batches, noise, times and dropped labels are functions of (seed, position in the run) alone, so neither a restart nor
+the number of processes nor gradient accumulation changes what is computed, beyond the order of floating-point sums.
+"""
+import contextlib
+import copy
+import dataclasses
+import json
+import math
+import os
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+import data
+import fid
+import losses
+import model
+import sample
+from data import option
+
+
+@dataclasses.dataclass
+class Config:
+    loss: str = option("fm", "the training objective", tuple(losses.LOSSES))
+    model: str = option("glyph-S", "a network of the zoo: python model.py lists them")
+    predict: str = option("", "what the last layer predicts: v, x, or the model's own choice", ("", "v", "x"))
+    data: str = option("glyphs", "glyphs, an image folder, .zip, .npz, MNIST or CIFAR-10 files")
+    size: int = option(32, "images are cropped and scaled to this many pixels")
+    mirror: str = option("auto", "flip images left-right at random; auto: photographs, not digits",
+                              ("auto", "on", "off"))
+    workers: int = option(0, "processes that decode image files")
+    steps: int = option(2500, "optimizer steps of the whole run")
+    batch: int = option(64, "global batch: images of one step, over all processes and accumulation")
+    accumulation: int = option(1, "micro-batches each process adds up for a step")
+    lr: float = option(2e-3, "AdamW learning rate")
+    warmup: int = option(100, "steps of linear warm-up")
+    decay: str = option("linear", "learning rate after warm-up: constant, or linear to 0", ("linear", "constant"))
+    beta2: float = option(0.999, "AdamW's second beta")
+    weight_decay: float = option(0.0, "AdamW's weight decay")
+    clip: float = option(1.0, "largest gradient norm; 0 does not clip")
+    ema: float = option(0.995, "decay of the averaged weights, smaller in the first steps")
+    time: str = option("logit_normal", "distribution of the training time", ("uniform", "logit_normal"))
+    time_mean: float = option(0.0, "logit-normal: mean of logit(t); larger trains more on noise")
+    time_std: float = option(1.0, "logit-normal: standard deviation of logit(t)")
+    label_drop: float = option(0.1, "share of labels replaced by the null label, for guidance")
+    seed: int = option(0, "everything random follows from it")
+    device: str = option("auto", "where to run", ("auto", "cpu", "cuda", "mps"))
+    amp: str = option("auto", "bfloat16 autocast around the network; auto: on CUDA", ("auto", "bf16", "off"))
+    compile: bool = option(False, "torch.compile the network")
+    out: str = option("runs/glyphs", "the run folder")
+    init: str = option("", "start from the weights of this checkpoint or run folder")
+    resume: bool = option(False, "go on with the run in --out")
+    log_every: int = option(50, "steps between lines of log.jsonl")
+    sample_every: int = option(500, "steps between sample grids; 0: only at the end")
+    save_every: int = option(500, "steps between checkpoints")
+    score: int = option(1000, "samples scored at the end (glyphs only); 0: none")
+    sample_steps: int = option(25, "solver steps of grids and scores")
+    solver: str = option("ab2", "solver of grids and scores", tuple(sample.SOLVERS))
+    guidance: float = option(1.5, "guidance scale of grids and of the guided score")
+    benchmark: bool = option(False, "only time training steps against plain PyTorch, and print the table")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# 1. Pieces of the loop
+# --------------------------------------------------------------------------------------------------------------------
+
+
+class Loss(nn.Module):
+    """An objective and the network it trains, as one module.
+
+    DistributedDataParallel wraps this rather than the network, so an objective may use the network in any way.
+    """
+
+    def __init__(self, objective, net: nn.Module, cfg: Config):
+        super().__init__()
+        self.objective, self.net, self.cfg = objective, net, cfg
+
+    def forward(self, images: Tensor, labels: Tensor, positions: list[int]) -> tuple[Tensor, dict]:
+        draws = data.Draws(self.cfg.seed, positions, images.device)
+        return self.objective(self.net, data.to_float(images), labels, draws, self.cfg)
+
+
+def micro_batch(cfg: Config) -> int:
+    """Images of one forward pass on one process."""
+    parts = data.world() * cfg.accumulation
+    if cfg.batch < 1 or cfg.accumulation < 1 or cfg.batch % parts:
+        raise ValueError(f"--batch {cfg.batch} does not divide into {data.world()} processes x {cfg.accumulation} "
+                         f"accumulation steps: use a multiple of {parts}")
+    return cfg.batch // parts
+
+
+def positions_from(step: int, cfg: Config):
+    """The positions in the run of this process's micro-batches, from `step` on: `accumulation` lists for each step."""
+    size = micro_batch(cfg)
+    for step in range(step, cfg.steps):
+        for k in range(cfg.accumulation):
+            start = step * cfg.batch + (k * data.world() + data.rank()) * size
+            yield list(range(start, start + size))
+
+
+def learning_rate(step: int, cfg: Config) -> float:
+    """Linear warm-up, then constant or linear decay to 0 at the last step."""
+    warm = min(1.0, (step + 1) / max(1, cfg.warmup))
+    return cfg.lr * warm * (1 - step / cfg.steps if cfg.decay == "linear" else 1.0)
+
+
+@torch.no_grad()
+def update_ema(ema: nn.Module, net: nn.Module, step: int, decay: float) -> None:
+    """ema <- d ema + (1 - d) net with d = min(decay, (1 + step) / (10 + step)), so that it forgets its start."""
+    d = min(decay, (1 + step) / (10 + step))
+    torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - d)
+
+
+class StopSignal:
+    """SIGTERM or Ctrl-C asks to finish the step, save and leave; a second one ends the program at once."""
+
+    def __init__(self):
+        self.asked = False
+
+    def __enter__(self):
+        self.before = {s: signal.signal(s, self.note) for s in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_):
+        for s, handler in self.before.items():
+            signal.signal(s, handler)
+
+    def note(self, number, _frame):
+        self.asked = True
+        signal.signal(number, signal.SIG_DFL)
+
+    def on_any_process(self) -> bool:
+        """Whether any process was asked: all leave after the same step."""
+        asked = torch.tensor([int(self.asked)])
+        if dist.is_initialized():
+            dist.all_reduce(asked, dist.ReduceOp.MAX)
+        return bool(asked)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# 2. Checkpoints and records
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def save_checkpoint(path: Path, step: int, cfg: Config, nets: dict, opts: dict, ema: nn.Module) -> None:
+    """Write everything a resumed run needs, to a temporary file that then takes the place of the old checkpoint."""
+    content = {"step": step, "config": dataclasses.asdict(cfg), "ema": ema.state_dict(),
+               "networks": {role: {"config": net.config, "weights": net.state_dict(),
+                                   "optimizer": opts[role].state_dict()} for role, net in nets.items()}}
+    unfinished = path.with_name(path.name + ".tmp")
+    try:
+        torch.save(content, unfinished)
+        os.replace(unfinished, path)
+    except (OSError, RuntimeError) as error:
+        unfinished.unlink(missing_ok=True)
+        raise OSError(f"{path}: the checkpoint of step {step} could not be written ({str(error).splitlines()[0]}): "
+                      f"free disk space, then --resume; the checkpoint before it is untouched") from error
+
+
+def resume(path: Path, cfg: Config, nets: dict, opts: dict, ema: nn.Module) -> int:
+    """Load a checkpoint of this run into networks, optimizers and EMA; returns the step to go on with."""
+    content = model.read_checkpoint(path)
+    if "networks" not in content:
+        raise ValueError(f"{path}: not a checkpoint of train.py; to start from its weights use --init")
+    for name, old in content["config"].items():
+        new = getattr(cfg, name, None)
+        if new != old and name not in ("resume", "out"):
+            if name in ("loss", "model", "predict", "data", "size"):
+                raise ValueError(f"{path}: was trained with --{name} {old}, not {new}: resume with --{name} {old}, or "
+                                 f"start a new run from its weights with --init {path} --out FOLDER")
+            tqdm.write(f"resuming with --{name} {new} (was {old})") if data.rank() == 0 else None
+    for role, saved in content["networks"].items():
+        model.load_weights(nets[role], saved["weights"], path)
+        opts[role].load_state_dict(saved["optimizer"])
+    model.load_weights(ema, content["ema"], path)
+    return content["step"]
+
+
+class Log:
+    """Collects the numbers of each step on the device and, now and then, averages, checks and writes them.
+
+    Waiting for the device only at these times keeps it busy. A non-finite number is found with its step and name
+    before anything computed from it is saved.
+    """
+
+    def __init__(self, path: Path, start: int):
+        self.path, self.pending, self.since = path, [], time.perf_counter()
+        if data.rank() == 0:
+            kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= start] \
+                if start and path.exists() else []
+            path.write_text("".join(line + "\n" for line in kept))
+
+    def note(self, step: int, role: str, values: dict) -> None:
+        self.pending.append((step, role, list(values), torch.stack([v.detach().float() for v in values.values()])))
+
+    def flush(self, cfg: Config, lr: float) -> dict:
+        """Write one line for each role; returns the last line. FloatingPointError for a non-finite number."""
+        if not self.pending:
+            return {}
+        tables = [values for *_, values in self.pending]
+        joined = torch.cat(tables).cpu()
+        if dist.is_initialized():  # the mean over processes: the loss of the global batch
+            dist.all_reduce(joined)
+            joined /= data.world()
+        for (step, role, names, _), values in zip(self.pending, joined.split([len(v) for v in tables])):
+            for name, value in zip(names, values.tolist()):
+                if not math.isfinite(value):
+                    raise FloatingPointError(
+                        f"step {step}, network {role}: {name} is {value}. Stopped; the last checkpoint is older and "
+                        f"sound. Try a lower --lr, a longer --warmup or a smaller --clip, then --resume")
+        seconds, self.since = time.perf_counter() - self.since, time.perf_counter()
+        lines = []
+        for role in dict.fromkeys(role for _, role, *_ in self.pending):
+            rows = [v for (_, r, *_), v in zip(self.pending, joined.split([len(v) for v in tables])) if r == role]
+            names = next(names for _, r, names, _ in self.pending if r == role)
+            means = torch.stack(rows).mean(0).tolist()
+            lines.append({"step": self.pending[-1][0] + 1, "role": role, **dict(zip(names, means)), "lr": lr,
+                          "images_per_second": round(len(self.pending) * cfg.batch / seconds, 1)})
+        if data.rank() == 0:
+            with open(self.path, "a") as file:
+                file.writelines(json.dumps(line) + "\n" for line in lines)
+        self.pending = []
+        return lines[-1]
+
+
+def draw_loss(log: Path, picture: Path) -> None:
+    """loss.png: the loss of each role over the steps, both axes labelled, the loss on a logarithmic scale."""
+    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    rows = [row for row in rows if row["loss"] > 0]
+    if len(rows) < 2:
+        return
+    w, h, left, low = 640, 360, 56, 28
+    steps, values = [row["step"] for row in rows], [math.log10(row["loss"]) for row in rows]
+    bottom, top = min(values), max(max(values), min(values) + 1e-3)
+    sheet = Image.new("RGB", (w, h), "white")
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=12)
+
+    def at(step, value):
+        return (left + (w - left - 12) * step / max(steps),
+                12 + (h - low - 24) * (top - value) / (top - bottom))
+
+    for k in range(5):
+        value, step = bottom + (top - bottom) * k / 4, round(max(steps) * k / 4)
+        pen.line([at(0, value), at(max(steps), value)], fill="#dddddd")
+        pen.text((4, at(0, value)[1] - 7), f"{10 ** value:.3g}", fill="black", font=font)
+        pen.text((at(step, bottom)[0] - 12, h - low + 8), str(step), fill="black", font=font)
+    for role, colour in zip(dict.fromkeys(row["role"] for row in rows), ("#1f5fbf", "#c2410c")):
+        line = [at(s, v) for s, v, row in zip(steps, values, rows) if row["role"] == role]
+        pen.line(line, fill=colour, width=2)
+        pen.text((line[-1][0] - 60, line[-1][1] - 20), f"loss {role}", fill=colour, font=font)
+    sheet.save(picture)
+
+
+def write_grid(ema: nn.Module, cfg: Config, path: Path, n: int = 40) -> None:
+    """A guided sample grid, one column for each of up to ten classes, always from the same noise."""
+    labels = sample.labels_for(n, ema.num_classes, list(range(min(10, ema.num_classes))))
+    made = sample.generate(ema, labels, cfg.seed, n, steps=cfg.sample_steps, solver=cfg.solver,
+                           guidance=cfg.guidance if ema.null_class else 1.0)
+    sample.write_samples(made, labels, ema.shape, path, columns=10)
+
+
+def score(ema: nn.Module, cfg: Config) -> dict:
+    """FD-glyphs and class accuracy of cfg.score samples without and with guidance, each with its protocol."""
+    results = {}
+    for name, guidance in (("unguided", 1.0), ("guided", cfg.guidance)):
+        options = dict(steps=cfg.sample_steps, solver=cfg.solver, guidance=guidance)
+        labels = sample.labels_for(cfg.score, ema.num_classes)
+        made = list(sample.generate(ema, labels, cfg.seed + 1, progress=f"scoring {name} samples", **options))
+        images = torch.cat([images for _, images in made]) if made else torch.empty(0, *ema.shape, dtype=torch.uint8)
+        indices = [i for indices, _ in made for i in indices]
+        results[name] = fid.score_glyphs(images, labels[indices])
+        results[name]["protocol"] = f"{sample.describe(**options)}, EMA weights, labels in turn, seed {cfg.seed + 1}"
+    return results
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# 3. The loop
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def build(cfg: Config, source, device: torch.device) -> model.DiT:
+    """The network for this data, freshly initialised or from --init."""
+    options = dict(input_size=source.shape[1], channels=source.shape[0], num_classes=source.num_classes)
+    options |= dict(predict=cfg.predict) if cfg.predict else {}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(data.fold(cfg.seed, "weights"))
+        net = model.create(cfg.model, **options)
+    if cfg.init:
+        path = sample.find_checkpoint(cfg.init)
+        given = model.load(path)
+        model.load_weights(net, given.state_dict(), path)
+    use_amp = cfg.amp == "bf16" or (cfg.amp == "auto" and device.type == "cuda")
+    net.amp = torch.bfloat16 if use_amp else None
+    return net.to(device)
+
+
+def train(cfg: Config) -> dict:
+    """Run the whole training; returns what final.json holds, or {} when a signal stopped it early."""
+    device = data.start_processes(cfg.device)
+    out = Path(cfg.out)
+    micro_batch(cfg)
+    if cfg.resume and not (out / "last.pt").exists():
+        raise FileNotFoundError(f"--resume: there is no {out / 'last.pt'} to go on with")
+    if (out / "last.pt").exists() and not cfg.resume:
+        raise ValueError(f"{out} already holds a run: go on with it by --resume, or name another folder with --out")
+    data.barrier()
+    (out / "samples").mkdir(parents=True, exist_ok=True)
+
+    # Data, networks and optimizers: a pair for each role of the objective.
+    source = data.dataset(cfg.data, cfg.size)
+    mirror = source.mirror if cfg.mirror == "auto" else cfg.mirror == "on"
+    objective = losses.LOSSES[cfg.loss]
+    nets = {"G": build(cfg, source, device)}
+    ema = copy.deepcopy(nets["G"]).eval().requires_grad_(False)
+    opts = {role: torch.optim.AdamW((p for p in net.parameters() if p.requires_grad), cfg.lr, (0.9, cfg.beta2),
+                                    weight_decay=cfg.weight_decay, fused=device.type != "mps")
+            for role, net in nets.items()}
+    start = resume(out / "last.pt", cfg, nets, opts, ema) if cfg.resume else 0
+    turns = {role: Loss(getattr(objective, role), torch.compile(net) if cfg.compile else net, cfg)
+             for role, net in nets.items()}
+    if dist.is_initialized():
+        turns = {role: DistributedDataParallel(turn) for role, turn in turns.items()}
+    if data.rank() == 0:
+        (out / "config.json").write_text(json.dumps(dataclasses.asdict(cfg), indent=2) + "\n")
+        parameters = sum(p.numel() for p in nets["G"].parameters()) / 1e6
+        print(f"{cfg.loss} of {cfg.model} ({parameters:.2f}M parameters) on {cfg.data}: {len(source):,} images "
+              f"{source.shape}, {source.num_classes} classes, on {device} x {data.world()}; run folder {out}")
+
+    log, line, stopped, began = Log(out / "log.jsonl", start), {}, False, time.perf_counter()
+    stream = data.stream(source, positions_from(start, cfg), cfg.seed, mirror, cfg.workers)
+    bar = tqdm(total=cfg.steps, initial=start, desc="training", disable=data.rank() > 0)
+    with StopSignal() as stop:
+        for step in range(start, cfg.steps):
+            role = objective.turns[step % len(objective.turns)]
+            net, opt, turn = nets[role], opts[role], turns[role]
+            opt.param_groups[0]["lr"] = learning_rate(step, cfg)
+
+            # Gradient of the mean loss over the global batch. Processes exchange gradients in the last backward only.
+            total = 0.0
+            for k in range(cfg.accumulation):
+                images, labels, positions = next(stream)
+                wait = dist.is_initialized() and k + 1 < cfg.accumulation
+                with turn.no_sync() if wait else contextlib.nullcontext():
+                    loss, logs = turn(images.to(device), labels.to(device), positions)
+                    (loss / cfg.accumulation).backward()
+                total += loss.detach() / cfg.accumulation
+            norm = nn.utils.clip_grad_norm_(net.parameters(), cfg.clip or math.inf)
+            opt.step()
+            opt.zero_grad()
+            if role == "G":
+                update_ema(ema, net, step, cfg.ema)
+
+            # Records. All processes leave together: the one that was asked to stop takes the others along.
+            log.note(step, role, {"loss": total, "grad_norm": norm, **logs})
+            done, stopped = step + 1, stop.on_any_process()
+            last = stopped or done == cfg.steps
+            save = last or done % cfg.save_every == 0
+            show = (cfg.sample_every and done % cfg.sample_every == 0) or done == cfg.steps
+            if done % cfg.log_every == 0 or save or show:
+                line = log.flush(cfg, opt.param_groups[0]["lr"]) or line
+                bar.set_postfix(loss=f"{line['loss']:.4f}", img_s=f"{line['images_per_second']:.0f}", refresh=False)
+            bar.update()
+            if save and data.rank() == 0:
+                save_checkpoint(out / "last.pt", done, cfg, nets, opts, ema)
+                draw_loss(out / "log.jsonl", out / "loss.png")
+            if show and not stopped:
+                write_grid(ema, cfg, out / "samples" / f"{done:07d}.png")
+                log.since = time.perf_counter()
+            if stopped:
+                break
+    bar.close()
+    if stopped:
+        if data.rank() == 0:
+            print(f"stopped by a signal after step {done}; saved {out / 'last.pt'}. Go on with --resume")
+        return {}
+    return finish(ema, cfg, source, out, time.perf_counter() - began)
+
+
+def finish(ema: nn.Module, cfg: Config, source, out: Path, seconds: float) -> dict:
+    """The last grid, and final.json with the scores."""
+    write_grid(ema, cfg, out / "samples" / "final.png")
+    result = {"steps": cfg.steps, "images_seen": cfg.steps * cfg.batch, "training_seconds": round(seconds, 1)}
+    if cfg.score and cfg.data.split(":")[0] == "glyphs" and cfg.size == 32:
+        result["scores"] = score(ema, cfg)
+    if data.rank() == 0:
+        (out / "final.json").write_text(json.dumps(result, indent=2) + "\n")
+        for name, s in result.get("scores", {}).items():
+            print(f"{name:>9}: FD-glyphs {s['fd_glyphs']:.3f} (floor {s['floor']:.3f}), accuracy {s['accuracy']:.3f}; "
+                  f"{s['n']:,} samples against as many held-out images; {s['protocol']}")
+        print(f"samples: {out / 'samples' / 'final.png'}   loss: {out / 'loss.png'}   scores: {out / 'final.json'}")
+    return result
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# 4. Benchmark: what the fused parts are worth
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def plain_step(net: nn.Module, ema: nn.Module, opt, x: Tensor, y: Tensor, cfg: Config, step: int) -> None:
+    """A flow-matching step as one would first write it: math attention, an optimizer and an EMA of Python loops."""
+    with sdpa_kernel(SDPBackend.MATH):
+        loss, _ = losses.fm(net, x, y, data.Draws(cfg.seed, range(len(x)), x.device), cfg)
+        loss.backward()
+    nn.utils.clip_grad_norm_(net.parameters(), cfg.clip, foreach=False)
+    opt.step()
+    opt.zero_grad()
+    with torch.no_grad():
+        for averaged, p in zip(ema.parameters(), net.parameters()):
+            averaged.mul_(cfg.ema).add_(p, alpha=1 - cfg.ema)
+
+
+def our_step(net: nn.Module, ema: nn.Module, opt, x: Tensor, y: Tensor, cfg: Config, step: int) -> None:
+    """The step of the training loop."""
+    losses.fm(net, x, y, data.Draws(cfg.seed, range(len(x)), x.device), cfg)[0].backward()
+    nn.utils.clip_grad_norm_(net.parameters(), cfg.clip)
+    opt.step()
+    opt.zero_grad()
+    update_ema(ema, net, step, cfg.ema)
+
+
+def benchmark(cfg: Config, rounds: int = 5) -> None:
+    """Print images/s of a training step of two networks, and its ratio to the plain step timed in turn with it."""
+    device = data.start_processes(cfg.device)
+    print(f"training step, float32, on {device} with {torch.get_num_threads()} threads, torch {torch.__version__}; "
+          f"median of {rounds} rounds, both in turn")
+    print(f"{'model':>8} {'batch':>6} {'tokens':>7} {'images/s':>9} {'plain images/s':>15} {'ratio':>6}  ratios of the rounds")
+    on_gpu = device.type == "cuda"
+    for name, batch, steps in (("glyph-S", 64, 10), ("SiT-S/2", 64 if on_gpu else 2, 10 if on_gpu else 2)):
+        torch.manual_seed(0)
+        net = model.create(name).to(device)
+        ema = copy.deepcopy(net).requires_grad_(False)
+        x, y = torch.rand(batch, *net.shape, device=device) * 2 - 1, torch.arange(batch, device=device) % 10
+        run = {our_step: torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], fused=True),
+               plain_step: torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], foreach=False)}
+        times = {step: [] for step in run}
+        for _ in range(rounds + 1):
+            for step, opt in run.items():
+                start = time.perf_counter()
+                for k in range(steps):
+                    step(net, ema, opt, x, y, cfg, k)
+                if on_gpu:
+                    torch.cuda.synchronize()
+                times[step].append(time.perf_counter() - start)
+        ours, plain = (np.array(times[step][1:]) / steps / batch for step in (our_step, plain_step))
+        print(f"{name:>8} {batch:>6} {net.pos_embed.shape[1]:>7} {1 / np.median(ours):>9.1f} {1 / np.median(plain):>15.1f} "
+              f"{np.median(plain / ours):>6.2f}  {' '.join(f'{r:.2f}' for r in plain / ours)}")
+
+
+def main(argv: list[str] | None = None) -> None:
+    cfg = data.parse(Config, argv, __doc__)
+    if cfg.benchmark:
+        return benchmark(cfg)
+    try:
+        train(cfg)
+    except FloatingPointError as error:
+        raise ValueError(str(error)) from error
+    data.stop_processes()
+
+
+if __name__ == "__main__":
+    data.run_cli(main)
