@@ -329,7 +329,7 @@ def read_npz(path: Path, size: int | None) -> Arrays:
 
 def rgb(images: np.ndarray) -> Tensor:
     """uint8 (N, 1 or 3, h, w) -> (N, 3, h, w): every data set has three channels, so every network and metric fits."""
-    images = torch.from_numpy(np.ascontiguousarray(images))
+    images = torch.from_numpy(np.array(images, order="C"))
     return images.expand(-1, 3, -1, -1).contiguous() if images.shape[1] == 1 else images
 
 
@@ -366,6 +366,11 @@ def read_cifar(files: list[Path], size: int | None) -> Arrays:
     return Arrays(images, torch.from_numpy(records[:, 0].astype(np.int64)), size, names, mirror=True)
 
 
+@functools.lru_cache(maxsize=2)
+def _glyph_set(size: int, seed: int) -> tuple[Tensor, Tensor]:
+    return glyphs(20_000, size, seed)
+
+
 def dataset(source: str, size: int | None = None) -> Arrays | Files:
     """The data set at `source`, its items uint8 (3, size, size), or of their own size where `size` is None.
 
@@ -376,7 +381,7 @@ def dataset(source: str, size: int | None = None) -> Arrays | Files:
         seed = source.partition(":")[2] or "0"
         if not seed.isdigit():
             raise ValueError(f"{source}: expected glyphs or glyphs:SEED with a whole number")
-        return Arrays(*glyphs(20_000, size or 32, int(seed)), size)
+        return Arrays(*_glyph_set(size or 32, int(seed)), size)
     path = Path(source)
     if not path.exists():
         raise FileNotFoundError(f"{source}: no such file or folder; expected glyphs, an image folder, .zip, .npz, MNIST "

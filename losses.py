@@ -169,17 +169,21 @@ FOUR_MODES = Mixture(torch.tensor([[-1.5], [-0.5], [0.4], [1.6]]), torch.tensor(
 
 
 class PointNet(nn.Module):
-    """A small velocity network for points (B, D), with the attributes that objectives ask of a network."""
+    """A small velocity network for points (B, D), with the attributes that objectives ask of a network.
+
+    Coordinates and time enter as sines and cosines of several frequencies, so that narrow modes can be told apart.
+    """
     predict, t_min, num_classes, null_class = "v", 0.0, 1, False
 
     def __init__(self, dimension: int = 1, width: int = 128):
         super().__init__()
-        self.layers = nn.Sequential(nn.Linear(dimension + 8, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(),
+        self.register_buffer("frequencies", torch.linspace(0.5, 8, 16))
+        self.layers = nn.Sequential(nn.Linear((dimension + 1) * 32, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(),
                                     nn.Linear(width, width), nn.SiLU(), nn.Linear(width, dimension))
 
     def forward(self, x_t: Tensor, t: Tensor, y: Tensor | None = None, r: Tensor | None = None) -> Tensor:
-        angle = math.pi * t[:, None] * torch.tensor([0.5, 1, 2, 4], device=t.device)
-        return self.layers(torch.cat([x_t, angle.sin(), angle.cos()], 1))
+        angle = (torch.cat([x_t, t[:, None]], 1)[..., None] * self.frequencies).flatten(1)       # (B, (D + 1) 16)
+        return self.layers(torch.cat([angle.sin(), angle.cos()], 1))
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -348,8 +348,8 @@ def train(cfg: Config) -> dict:
 
     log, line, stopped, began = Log(out / "log.jsonl", start), {}, False, time.perf_counter()
     stream = data.stream(source, positions_from(start, cfg), cfg.seed, mirror, cfg.workers)
-    bar = tqdm(total=cfg.steps, initial=start, desc="training", disable=data.rank() > 0)
-    with StopSignal() as stop:
+    with StopSignal() as stop, \
+         tqdm(total=cfg.steps, initial=start, desc="training", disable=data.rank() > 0) as bar:
         for step in range(start, cfg.steps):
             role = objective.turns[step % len(objective.turns)]
             net, opt, turn = nets[role], opts[role], turns[role]
@@ -388,7 +388,6 @@ def train(cfg: Config) -> dict:
                 log.since = time.perf_counter()
             if stopped:
                 break
-    bar.close()
     if stopped:
         if data.rank() == 0:
             print(f"stopped by a signal after step {done}; saved {out / 'last.pt'}. Go on with --resume")

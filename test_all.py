@@ -1,0 +1,1033 @@
+"""All tests, in the reading order of the files: data, model, losses, sample, fid, train.
+
+    python -m pytest test_all.py           or   python test_all.py -k word
+
+A test's docstring is its claim. Truth comes from closed forms (the Gaussian mixture of losses.py, whose velocity, score
+and flow map are known), from golden numbers computed with the official model definitions, or from doing the same thing
+two ways. Tolerances: float64 identities 1e-9 and better, float32 against another float32 program 1e-5 of the rms.
+"""
+import argparse
+import dataclasses
+import gzip
+import io
+import json
+import math
+import os
+import re
+import signal
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn as nn
+from PIL import Image
+
+import data
+import fid
+import losses
+import model
+import sample
+import train
+
+HERE = Path(__file__).parent
+torch.set_num_threads(1)  # two processes often share two cores here, and idle threads that spin make everything slow
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Toolbox
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def error_of(function, *args, **kwargs) -> str:
+    """The message of the ValueError or OSError that a call must raise; it must be one line."""
+    with pytest.raises((ValueError, OSError)) as caught:
+        function(*args, **kwargs)
+    text = str(caught.value)
+    assert "\n" not in text
+    return text
+
+
+def run(*command, script: str = "", **options) -> subprocess.CompletedProcess:
+    """Run python (with these arguments) in a process of its own, one thread, from the repository."""
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
+    arguments = ["-c", script] if script else list(map(str, command))
+    return subprocess.run([sys.executable, *arguments], env=env, capture_output=True, text=True, timeout=300, **options)
+
+
+def torchrun(processes: int, *command) -> subprocess.CompletedProcess:
+    done = run("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "--", *command)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+def tiny(**options) -> model.DiT:
+    """A network of 8 x 8 pixels with random weights everywhere, also where adaLN-zero starts with zeros."""
+    torch.manual_seed(0)
+    net = model.DiT(**dict(input_size=8, patch=2, channels=3, width=32, depth=2, heads=2, num_classes=10) | options)
+    for p in net.parameters():
+        if p.requires_grad:
+            nn.init.normal_(p, std=0.2)
+    return net.eval()
+
+
+SMALL_SET = Path(tempfile.mkdtemp()) / "glyphs.npz"  # 200 glyphs: read at once, where drawing all 20,000 takes seconds
+np.savez(SMALL_SET, **dict(zip(("images", "labels"), (part.numpy() for part in data.glyphs(200)))))
+
+
+def tiny_run(out, **options) -> train.Config:
+    """A training run of milliseconds a step."""
+    defaults = dict(out=str(out), data=str(SMALL_SET), steps=10, batch=8, warmup=2, log_every=2, save_every=100, sample_every=0, score=0,
+                    sample_steps=2, decay="constant", device="cpu")
+    return train.Config(**defaults | options)
+
+
+def same(a, b) -> bool:
+    """Whether two nested structures of tensors and values are equal bit for bit."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b))
+    return a == b
+
+
+TWO_MODES = losses.Mixture(torch.tensor([[-1.5], [1.5]], dtype=torch.float64),
+                           torch.tensor([0.5, 0.5], dtype=torch.float64), torch.tensor([0.5, 0.5], dtype=torch.float64))
+
+
+class ExactNet(nn.Module):
+    """The exact velocity of a mixture in place of a network: the label is the component, the null label all of them."""
+    predict, t_min, null_class = "v", 0.0, True
+
+    def __init__(self, mixture):
+        super().__init__()
+        self.mixture, self.num_classes, self.rows = mixture, len(mixture.weights), 0
+
+    def forward(self, x_t, t, y, r=None):
+        self.rows += len(x_t)
+        given = self.mixture.velocity(x_t, t, y.clamp_max(self.num_classes - 1))
+        return torch.where((y == self.num_classes)[:, None], self.mixture.velocity(x_t, t), given)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# data.py
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def test_data_glyphs_depend_on_the_seed_only():
+    """glyphs(n, seed) is deterministic, a prefix of longer draws, balanced, different for other seeds, and touches no
+    global random state."""
+    torch.manual_seed(0)
+    before = torch.random.get_rng_state()
+    x, y = data.glyphs(1500)
+    assert torch.equal(before, torch.random.get_rng_state())
+    assert x.shape == (1500, 3, 32, 32) and x.dtype == torch.uint8 and y.dtype == torch.int64
+    assert y.bincount().tolist() == [150] * 10
+    assert torch.equal(x[:1100], data.glyphs(1100)[0])
+    assert not torch.equal(x, data.glyphs(1500, seed=1)[0])
+    assert not torch.equal(x[:500], x[1000:])
+    assert data.glyphs(3, size=64)[0].shape == (3, 3, 64, 64)
+
+
+def test_data_glyphs_have_contrast():
+    """Ink and ground differ by at least 0.25 of the range in every channel of every image."""
+    x, _ = data.glyphs(2000)
+    span = x.flatten(2).amax(2).int() - x.flatten(2).amin(2).int()
+    assert span.min() >= 64, span.min()
+
+
+def test_data_uint8_rule():
+    """(127.5 x + 128).clamp(0, 255); all 256 levels survive the way to float and back; NaN is an error."""
+    x = torch.tensor([-2, -1, -0.9999, 0, 1, 1.5]).view(1, 1, 1, 6)
+    assert data.to_uint8(x).flatten().tolist() == [0, 0, 0, 128, 255, 255]
+    levels = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
+    assert torch.equal(data.to_uint8(data.to_float(levels)), levels)
+    assert "1 of 2 images" in error_of(data.to_uint8, torch.tensor([[0.0, 1.0], [float("nan"), 0]]))
+
+
+def test_data_draws_do_not_depend_on_the_batch():
+    """Sample i's random numbers depend on (seed, purpose, i) only, and are standard normal and uniform."""
+    whole, part = data.Draws(3, range(64)), data.Draws(3, [40, 7])
+    noise = whole.normal("noise", (3, 8, 8))
+    assert torch.equal(noise[[40, 7]], part.normal("noise", (3, 8, 8)))
+    assert torch.equal(whole.uniform("time")[[40, 7]], part.uniform("time"))
+    assert not torch.equal(noise, whole.normal("other", (3, 8, 8)))
+    assert not torch.equal(noise, data.Draws(4, range(64)).normal("noise", (3, 8, 8)))
+    assert abs(noise.mean()) < 0.04 and abs(noise.std() - 1) < 0.03
+    many = data.Draws(0, range(4000)).uniform("u").sort().values
+    assert (many - (torch.arange(4000) + 0.5) / 4000).abs().max() < 0.026  # Kolmogorov-Smirnov at 1 %
+
+
+def test_data_epochs_are_permutations_and_steps_can_be_sought():
+    """Every epoch visits every image once in an order of its own; a stream started later is the tail of the stream,
+    whatever the number of workers."""
+    n = 20
+    epochs = [[data.index_at(n, p, 0) for p in range(k * n, k * n + n)] for k in range(3)]
+    assert all(sorted(e) == list(range(n)) for e in epochs) and epochs[0] != epochs[1] != epochs[2]
+    images = torch.arange(n, dtype=torch.uint8).view(n, 1, 1, 1).expand(n, 3, 2, 2)
+    source = data.Arrays(images.contiguous(), torch.arange(n), None)
+    positions = [list(range(k, k + 4)) for k in range(0, 40, 4)]
+    whole = list(data.stream(source, iter(positions), 0))
+    tail = list(data.stream(source, iter(positions[6:]), 0, workers=2))
+    assert same(whole[6:], tail)
+    assert [int(i) for b, _, _ in whole for i in b[:, 0, 0, 0]] == epochs[0] + epochs[1]
+
+
+def test_data_mirror_flips_half_of_the_images_by_position():
+    images = torch.tensor([0, 1], dtype=torch.uint8).expand(400, 3, 2, 2).contiguous()
+    source = data.Arrays(images, torch.zeros(400, dtype=torch.int64), None)
+    (flipped, *_), = data.stream(source, [list(range(400))], 0, mirror=True)
+    share = flipped[:, 0, 0, 0].float().mean()
+    (halves, *_), = data.stream(source, [list(range(100, 300))], 0, mirror=True)
+    assert 0.4 < share < 0.6 and torch.equal(flipped[100:300], halves)
+
+
+def picture(size=(40, 30), colour="red", mode="RGB") -> Image.Image:
+    return Image.new("RGB", size, colour).convert(mode)
+
+
+def test_data_image_folders(tmp_path):
+    """Class folders in sorted order, or flat for one class; greyscale, alpha, palette, 16-bit and rotated images become
+    RGB of one size."""
+    for name, image in {"b/grey.png": picture(mode="L"), "b/palette.gif": picture(mode="P"), "a/x.JPEG": picture(),
+                        "a/deep.png": Image.fromarray(np.full((30, 40), 65535 // 2, np.uint16)),
+                        "a/sub/clear.png": Image.new("RGBA", (33, 50), (255, 0, 0, 0))}.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        image.save(tmp_path / name)
+    ds = data.dataset(str(tmp_path), 16)
+    assert len(ds) == 5 and ds.classes == ["a", "b"] and ds.shape == (3, 16, 16) and ds.mirror
+    items = {n: ds.item(i) for i, n in enumerate(ds.names)}
+    assert [label for _, label in items.values()] == [0, 0, 0, 1, 1]
+    assert all(x.shape == (3, 16, 16) and x.dtype == torch.uint8 for x, _ in items.values())
+    assert (items["a/deep.png"][0] == 127).all() and (items["a/sub/clear.png"][0] == 255).all()
+    assert items["b/palette.gif"][0][0].min() > 250 and items["b/palette.gif"][0][1].max() < 5
+    flat = data.dataset(str(tmp_path / "b"), 16)
+    assert flat.num_classes == 1 and len(flat) == 2
+    sideways = Image.new("RGB", (40, 20), "red")
+    sideways.paste("blue", (0, 0, 20, 20))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: the left edge belongs on top
+    sideways.save(tmp_path / "turned.jpg", exif=exif)
+    x = data.decode(tmp_path / "turned.jpg", "turned.jpg", None)
+    assert x.shape == (3, 40, 20) and x[2, :15].float().mean() > 200 and x[0, 25:].float().mean() > 200
+
+
+def test_data_centre_crop_is_adms():
+    """Halve by box while twice too large, bicubic to the short side, crop the centre."""
+    ramp = np.tile(np.arange(200, dtype=np.uint8)[None, :, None], (100, 1, 3))
+    x = np.asarray(data.centre_crop(Image.fromarray(ramp), 50))
+    assert x.shape == (50, 50, 3)
+    assert np.abs(x[25, :, 0] - (np.arange(50) + 25) * 2.0 - 0.5).max() <= 1  # pixel k of 100 averages 2k and 2k+1
+    odd = data.centre_crop(Image.new("RGB", (37, 91)), 16)
+    assert odd.size == (16, 16)
+
+
+def test_data_zip_npz_mnist_and_cifar(tmp_path):
+    """EDM zips, ADM and plain npz, MNIST idx raw and gzipped, and CIFAR-10 binary give the same images and labels."""
+    images = torch.randint(0, 256, (6, 32, 32, 3), generator=torch.Generator().manual_seed(0)).byte().numpy()
+    labels = [2, 0, 1, 1, 0, 2]
+    with zipfile.ZipFile(tmp_path / "edm.zip", "w") as archive:
+        for i, image in enumerate(images):
+            buffer = io.BytesIO()
+            Image.fromarray(image).save(buffer, "png")
+            archive.writestr(f"00000/img{i}.png", buffer.getvalue())
+        table = [[f"00000/img{i}.png", k] for i, k in enumerate(labels)]
+        archive.writestr("dataset.json", json.dumps({"labels": table}))
+    np.savez(tmp_path / "adm.npz", arr_0=images, arr_1=np.array(labels))
+    np.savez(tmp_path / "plain.npz", images=images.transpose(0, 3, 1, 2), labels=np.array(labels))
+    (tmp_path / "test_batch.bin").write_bytes(b"".join(
+        bytes([k]) + image.transpose(2, 0, 1).tobytes() for image, k in zip(images, labels)))
+    for name in ("edm.zip", "adm.npz", "plain.npz", "test_batch.bin"):
+        ds = data.dataset(str(tmp_path / name))
+        x, y = next(data.batches(ds, [list(range(6))], workers=2 if name == "edm.zip" else 0))
+        assert torch.equal(x, torch.from_numpy(images).permute(0, 3, 1, 2)), name
+        assert y.tolist() == labels and ds.num_classes == (10 if "bin" in name else 3), name
+    grey = images[:, :28, :28, 0].copy()
+    pair = {"images-idx3-ubyte": struct.pack(">4i", 0x803, 6, 28, 28) + grey.tobytes(),
+            "labels-idx1-ubyte": struct.pack(">2i", 0x801, 6) + bytes(labels)}
+    (tmp_path / "gz").mkdir()
+    for name, content in pair.items():
+        (tmp_path / f"t10k-{name}").write_bytes(content)
+        (tmp_path / "gz" / f"train-{name}.gz").write_bytes(gzip.compress(content))
+    for source in (tmp_path / "t10k-images-idx3-ubyte", tmp_path / "gz"):
+        ds = data.dataset(str(source))
+        assert ds.shape == (3, 28, 28) and not ds.mirror
+        assert torch.equal(ds.item(3)[0], torch.from_numpy(grey[3]).expand(3, 28, 28)) and ds.item(3)[1] == 1
+    assert data.dataset(str(tmp_path / "gz"), 32).item(0)[0].shape == (3, 32, 32)
+
+
+def test_data_errors_name_the_file_and_the_fix(tmp_path):
+    """Missing, empty, broken and mixed inputs: one line that says what is wrong and where, also from worker processes."""
+    assert "no such file" in error_of(data.dataset, str(tmp_path / "nowhere"))
+    (tmp_path / "empty").mkdir()
+    assert "no images found" in error_of(data.dataset, str(tmp_path / "empty"))
+    for name in ("a/1.png", "a/2.png"):
+        (tmp_path / "set" / name).parent.mkdir(parents=True, exist_ok=True)
+        picture().save(tmp_path / "set" / name)
+    whole = (tmp_path / "set/a/2.png").read_bytes()
+    (tmp_path / "set/a/2.png").write_bytes(whole[:60])
+    ds = data.dataset(str(tmp_path / "set"), 16)
+    for workers in (0, 1):
+        assert "a/2.png" in error_of(list, data.batches(ds, [[0, 1]], workers))
+    picture((50, 50)).save(tmp_path / "set/a/2.png")
+    message = error_of(data.dataset(str(tmp_path / "set")).item, 1)
+    assert "40x30" in message and "50x50" in message and "--size" in message
+    np.savez(tmp_path / "float.npz", arr_0=np.zeros((2, 8, 8, 3), np.float32))
+    assert "float32" in error_of(data.dataset, str(tmp_path / "float.npz"))
+    for labels in (np.array([0, -1]), np.array([0.5, 1]), np.array([1])):
+        np.savez(tmp_path / "labels.npz", images=np.zeros((2, 8, 8, 3), np.uint8), labels=labels)
+        assert "labels" in error_of(data.dataset, str(tmp_path / "labels.npz"))
+    (tmp_path / "cut.npz").write_bytes((tmp_path / "float.npz").read_bytes()[:100])
+    assert "cut.npz" in error_of(data.dataset, str(tmp_path / "cut.npz"))
+    (tmp_path / "broken.zip").write_bytes(b"PK nothing")
+    assert "broken.zip" in error_of(data.dataset, str(tmp_path / "broken.zip"))
+    (tmp_path / "x.bin").write_bytes(bytes(3000))
+    assert "3073" in error_of(data.dataset, str(tmp_path / "x.bin"))
+    (tmp_path / "t-images-idx3-ubyte").write_bytes(bytes(100))
+    assert "labels" in error_of(data.dataset, str(tmp_path / "t-images-idx3-ubyte"))
+    (tmp_path / "mixed").mkdir()
+    (tmp_path / "mixed/a").mkdir()
+    picture().save(tmp_path / "mixed/x.png")
+    picture().save(tmp_path / "mixed/a/y.png")
+    assert "subfolders" in error_of(data.dataset, str(tmp_path / "mixed"))
+
+
+def test_data_command_line():
+    """Flags come from the dataclass; dashes are underscores; an unknown flag names its neighbour."""
+    cfg = data.parse(train.Config, ["--save-every", "7", "--no-compile", "--lr=1e-3"], "")
+    assert cfg.save_every == 7 and cfg.lr == 1e-3 and cfg.compile is False and cfg.batch == train.Config.batch
+    assert "did you mean --batch?" in error_of(data.parse, train.Config, ["--bach", "3"], "")
+    assert "nonsense" in error_of(data.parse, train.Config, ["--loss", "nonsense"], "")
+    done = run("train.py", "--stepz", "3", cwd=HERE)
+    assert done.returncode == 2 and done.stderr.strip() == "error: unknown argument --stepz; did you mean --steps?"
+    for script in ("data.py", "losses.py", "sample.py", "fid.py", "train.py"):
+        assert "--" in run(script, "--help", cwd=HERE).stdout
+
+
+def test_data_every_option_is_used():
+    """No dead options: every field of every config is read somewhere in its file."""
+    for module in (data, losses, sample, fid, train):
+        text = Path(module.__file__).read_text() + (Path(losses.__file__).read_text() if module is train else "")
+        for field in dataclasses.fields(module.Config):
+            assert re.search(rf"\b(cfg|self\.cfg)\.{field.name}\b", text), f"{module.__name__} --{field.name}"
+
+
+def test_data_required_files_are_explained_and_checked(tmp_path):
+    """A missing file gives URL, path, size and digest; a wrong one is refused; nothing is downloaded."""
+    path = tmp_path / "weights.bin"
+    digest = "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08"  # of b"test"
+    message = error_of(data.require_file, path, "weights", "https://example.org/w", 4, digest)
+    assert all(part in message for part in (str(path), "https://example.org/w", "4 bytes", digest))
+    path.write_bytes(b"tes")
+    assert "incomplete" in error_of(data.require_file, path, "weights", "url", 4, digest)
+    path.write_bytes(b"tesu")
+    assert "sha256" in error_of(data.require_file, path, "weights", "url", 4, digest)
+    path.write_bytes(b"test")
+    assert data.require_file(path, "weights", "url", 4, digest[:8]) == path
+
+
+def test_data_run_alone_writes_a_grid(tmp_path):
+    done = run("data.py", "--out", tmp_path / "d.png", "--n", "20", cwd=HERE)
+    assert "20,000 images" in done.stdout and "2,000" in done.stdout, done.stderr
+    assert Image.open(tmp_path / "d.png").size[0] > 600
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# model.py
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def golden_weights(state: dict) -> dict:
+    """The formula weights of the golden numbers: b = sin(12.9898 i + 78.233 k) for the k-th name in sorted order."""
+    out = dict(state)
+    names = sorted(k for k in state if k != "pos_embed" and not k.endswith("num_batches_tracked"))
+    for k, name in enumerate(names):
+        shape = state[name].shape
+        b = np.sin(12.9898 * np.arange(math.prod(shape)) + 78.233 * k).reshape(shape)
+        if len(shape) >= 2:
+            b = 1.5 * b / np.sqrt(b.size / shape[0])
+        else:
+            b = 1 + b / 2 if name.endswith("running_var") else 1 + b / 10 if name.endswith("weight") else b / 10
+        out[name] = torch.from_numpy(b).float()
+    return out
+
+
+def wave(shape, f, phase=0.0):
+    return torch.from_numpy(np.sin(f * np.arange(math.prod(shape)) + phase)).float().reshape(shape)
+
+
+def check_golden(x, mean, rms, at, values, tolerance):
+    """Mean, rms and some entries of x equal the recorded ones to `tolerance` of the rms."""
+    x = x.double().flatten()
+    found = torch.cat([x.mean()[None], x.square().mean().sqrt()[None], x[at]])
+    error = (found - torch.tensor([mean, rms, *values], dtype=torch.float64)).abs().max() / rms
+    assert error < tolerance, error
+
+
+GOLDEN_DIT = dict(mean=-0.0488414675, rms=1.9277289440, at=[0, 1, 341, 512, 1023], tolerance=1e-5,
+                  values=[-2.7806444168, -0.5940889120, -0.3481149375, -0.4613337815, -2.4208440781])
+GOLDEN_SIT = dict(mean=-0.0647085268, rms=1.9310491060, at=[0, 1, 170, 256, 511], tolerance=1e-5,
+                  values=[-2.7806115150, -0.5944840908, -2.8435714245, -0.4608496130, -2.9931080341])
+
+
+def golden_dit() -> model.DiT:
+    net = model.DiT(input_size=8, patch=2, channels=4, width=48, depth=2, heads=4, num_classes=10, learn_sigma=True)
+    net.load_state_dict(golden_weights(net.state_dict()))
+    return net.eval()
+
+
+@torch.no_grad()
+def test_model_golden_dit_and_sit(tmp_path):
+    """The official DiT's and SiT's outputs on formula weights are met to 1e-5: the forward pass directly, and SiT also
+    through model.load, where v(x, t) = -SiT(x, 1 - t)."""
+    x, y = wave((2, 4, 8, 8), .37), torch.tensor([1, 10])
+    net = golden_dit()
+    check_golden(net.raw(x, torch.tensor([3., 500.]), y), **GOLDEN_DIT)
+    check_golden(net.raw(x, torch.tensor([.2, .9]), y)[:, :4], **GOLDEN_SIT)
+    torch.save({"ema": net.state_dict()}, tmp_path / "SiT-tiny.pt")
+    ours = model.load(tmp_path / "SiT-tiny.pt", heads=4)
+    check_golden(-ours(x, torch.tensor([.8, .1]), y), **GOLDEN_SIT)
+
+
+def test_model_names_and_shapes_are_the_official_ones():
+    """S/2 and XL/2 have the 132 and 292 tensors of the official files, by name, shape and total count."""
+    for name, tensors, values, width, depth in (("SiT-S/2", 132, 32_963_360, 384, 12),
+                                                ("SiT-XL/2", 292, 675_129_632, 1152, 28)):
+        with torch.device("meta"):
+            state = model.create(name, learn_sigma=True).state_dict()
+        expected = {"pos_embed": (1, 256, width), "x_embedder.proj.weight": (width, 4, 2, 2),
+                    "x_embedder.proj.bias": (width,), "y_embedder.embedding_table.weight": (1001, width),
+                    "t_embedder.mlp.0.weight": (width, 256), "t_embedder.mlp.0.bias": (width,),
+                    "t_embedder.mlp.2.weight": (width, width), "t_embedder.mlp.2.bias": (width,),
+                    "final_layer.linear.weight": (32, width), "final_layer.linear.bias": (32,),
+                    "final_layer.adaLN_modulation.1.weight": (2 * width, width),
+                    "final_layer.adaLN_modulation.1.bias": (2 * width,)}
+        for i in range(depth):
+            for layer, rows, columns in (("attn.qkv", 3, 1), ("attn.proj", 1, 1), ("mlp.fc1", 4, 1), ("mlp.fc2", 1, 4),
+                                         ("adaLN_modulation.1", 6, 1)):
+                expected[f"blocks.{i}.{layer}.weight"] = (rows * width, columns * width)
+                expected[f"blocks.{i}.{layer}.bias"] = (rows * width,)
+        assert {k: tuple(v.shape) for k, v in state.items()} == expected
+        assert len(state) == tensors and sum(v.numel() for v in state.values()) == values
+
+
+def test_model_zoo_counts():
+    """The zoo has S, B, L, XL at patches 2, 4, 8; XL/2 costs the paper's 118.6 GFLOPs, glyph-S has 1.32 M values."""
+    assert {f"SiT-{s}/{p}" for s in ("S", "B", "L", "XL") for p in (2, 4, 8)} | {"glyph-S"} == set(model.ZOO)
+    with torch.device("meta"):
+        xl = model.create("SiT-XL/2")
+        glyph = model.create("glyph-S")
+    assert abs(model.multiply_adds(xl) / 1e9 - 118.6) < 0.1
+    assert sum(p.numel() for p in glyph.parameters()) == 1_322_688
+    assert "glyph-S" in error_of(model.create, "SiT-Q/2")
+    assert "multiple of 8" in error_of(model.create, "SiT-S/8", input_size=28)
+
+
+@torch.no_grad()
+def test_model_fresh_network_is_zero_and_its_blocks_the_identity():
+    """adaLN-zero: a fresh network's last layer is exactly 0, and each block returns its input."""
+    net = model.create("SiT-S/8", depth=2)
+    x, t, y = torch.randn(2, 4, 32, 32), torch.rand(2), torch.tensor([3, 1000])
+    assert net(x, t, y).abs().max() == 0
+    tokens = torch.randn(2, 16, 384)
+    assert torch.equal(net.blocks[1](tokens, torch.randn(2, 384)), tokens)
+
+
+@torch.no_grad()
+def test_model_pieces_follow_dit():
+    """Cosines first; the position table's first half tells the column; patches read (c, p, p) and write (p, p, c);
+    rows do not mix; t changes the output."""
+    assert model.sinusoid(torch.zeros(1), 8).tolist() == [[1, 1, 1, 1, 0, 0, 0, 0]]
+    assert torch.allclose(model.sinusoid(torch.ones(1), 256)[0, [0, 127, 128, 255]],
+                          torch.tensor([math.cos(1), math.cos(1e4 ** (-127 / 128)), math.sin(1), math.sin(1e4 ** (-127 / 128))]))
+    table = model.position_table(48, 4)[0]
+    assert torch.allclose(table.square().sum(1), torch.full((16,), 24.0))
+    assert not torch.equal(table[1, :24], table[0, :24]) and torch.equal(table[1, 24:], table[0, 24:])
+    net = tiny()
+    image = torch.randn(1, 3, 8, 8)
+    cut = image.view(3, 4, 2, 4, 2).permute(1, 3, 2, 4, 0).reshape(1, 16, 12)  # token (row, column), value (p, p, c)
+    assert torch.equal(net.unpatchify(cut), image)
+    x, t, y = torch.randn(3, 3, 8, 8), torch.tensor([.1, .5, .9]), torch.tensor([0, 5, 10])
+    out = net(x, t, y)
+    other = net(x, t, torch.tensor([0, 6, 10]))
+    assert torch.equal(out[[0, 2]], other[[0, 2]]) and not torch.allclose(out[1], other[1])
+    assert not torch.allclose(out, net(x, t + 0.05, y))
+
+
+def test_model_attention_is_softmax_attention():
+    """Fused attention equals softmax(q k^T / sqrt d) v in value and gradient, in float64, with large logits too."""
+    for n, d, size in ((1, 8, 1), (17, 32, 1), (64, 72, 30)):
+        q, k, v = (size * torch.randn(2, 3, n, d, dtype=torch.float64, requires_grad=True) for _ in range(3))
+        got, want = model.attention(q, k, v), model.attention_reference(q, k, v)
+        weight = torch.randn_like(got)
+        for a, b in zip(torch.autograd.grad((got * weight).sum(), (q, k, v)),
+                        torch.autograd.grad((want * weight).sum(), (q, k, v))):
+            assert (a - b).abs().max() < 1e-9 * max(1, b.abs().max())
+        assert (got - want).abs().max() < 1e-10
+
+
+@torch.no_grad()
+def test_model_predictions_become_velocities():
+    """predict x: v = (x_t - net) / max(t, t_min). predict eps: DiT's noise prediction on its VP schedule, given exactly
+    for Gaussian data, becomes that data's exact velocity."""
+    net = tiny(predict="x")
+    x, t, y = torch.randn(2, 3, 8, 8), torch.tensor([.01, .7]), torch.tensor([1, 2])
+    v = net(x, t, y)
+    assert torch.allclose(x[0] - 0.05 * v[0], net.raw(x, t, y)[0], atol=1e-5)
+    assert torch.allclose(x[1] - 0.7 * v[1], net.raw(x, t, y)[1], atol=1e-5)
+
+    s = 0.7
+    alpha_bar = torch.from_numpy(np.cumprod(1 - np.linspace(1e-4, 0.02, 1000)))
+
+    class ExactNoise(model.DiT):
+        def raw(self, x, n, y):  # E[e | x] for x = sqrt(abar) x0 + sqrt(1 - abar) e, abar between two steps
+            log_snr = torch.log(alpha_bar / (1 - alpha_bar))
+            low = n.long().clamp(0, 998)
+            a = torch.sigmoid(log_snr[low] + (n - low) * (log_snr[low + 1] - log_snr[low])).view(-1, 1, 1, 1)
+            e = (1 - a).sqrt() / (a * s * s + 1 - a) * x
+            return torch.cat([e, e], 1)
+
+    dit = ExactNoise(8, 2, 3, 32, 1, 2, num_classes=10, learn_sigma=True, predict="eps")
+    t = torch.tensor([.02, .1, .5, .9, .99], dtype=torch.float64)
+    x = torch.randn(5, 3, 8, 8, dtype=torch.float64)
+    tt = t.view(-1, 1, 1, 1)
+    exact = (tt - (1 - tt) * s * s) / ((1 - tt) ** 2 * s * s + tt ** 2) * x
+    assert (dit(x, t, torch.zeros(5).long()) - exact).abs().max() < 1e-9
+    assert np.allclose(model.vp_step(torch.tensor([.1, .5, .9])), [29.9, 258.1, 658.2], atol=0.1)
+
+
+def test_model_load_round_trips(tmp_path):
+    """Official layouts (plain, ema, module prefix, an argparse.Namespace beside, projectors) and our own checkpoints load,
+    with every size read from the tensors."""
+    net = golden_dit()
+    plain = net.state_dict()
+    layouts = {"plain": plain, "wrapped": {"model": {k: 0 * v for k, v in plain.items()}, "ema": plain,
+                                           "args": argparse.Namespace(lr=1e-4)},
+               "prefix": {f"module.{k}": v for k, v in plain.items()},
+               "repa": {"ema": plain | {"projectors.0.weight": torch.zeros(3)}}}
+    x, t, y = wave((2, 4, 8, 8), .37), torch.tensor([.3, .6]), torch.tensor([1, 10])
+    for name, content in layouts.items():
+        torch.save(content, tmp_path / f"DiT-{name}.pt")
+        loaded = model.load(tmp_path / f"DiT-{name}.pt", heads=4)
+        assert loaded.config == net.config | dict(predict="eps") and not loaded.training
+        assert same(dict(loaded.state_dict()), dict(plain)), name
+        assert torch.isfinite(loaded(x, t, y)).all()
+    ours = tiny(predict="x")
+    torch.save({"networks": {"G": {"config": ours.config, "weights": ours.state_dict()}},
+                "ema": {k: v + 1 for k, v in ours.state_dict().items()}}, tmp_path / "ours.pt")
+    assert same(dict(model.load(tmp_path / "ours.pt", ema=False).state_dict()), dict(ours.state_dict()))
+    assert torch.equal(model.load(tmp_path / "ours.pt").x_embedder.proj.bias, ours.x_embedder.proj.bias + 1)
+
+
+class Attack:
+    def __reduce__(self):
+        return os.system, ("touch " + os.environ["TRIFLOW_ATTACK"],)
+
+
+def test_model_load_explains_and_executes_nothing(tmp_path):
+    """Missing, cut, foreign and hostile files: one line each; code inside a pickle does not run."""
+    assert "no such checkpoint" in error_of(model.load, tmp_path / "none.pt")
+    torch.save(golden_dit().state_dict(), tmp_path / "tiny.pt")
+    assert "kind=" in error_of(model.load, tmp_path / "tiny.pt")
+    assert "heads=" in error_of(model.load, tmp_path / "tiny.pt", kind="dit")
+    (tmp_path / "cut.pt").write_bytes((tmp_path / "tiny.pt").read_bytes()[:5000])
+    assert "damaged" in error_of(model.load, tmp_path / "cut.pt")
+    (tmp_path / "text.pt").write_text("hello")
+    error_of(model.load, tmp_path / "text.pt")
+    torch.save({"a.weight": torch.zeros(2)}, tmp_path / "dit-other.pt")
+    assert "pos_embed is missing" in error_of(model.load, tmp_path / "dit-other.pt")
+    torch.save({"model": {"net.x_embedder.proj1.weight": torch.zeros(2)}}, tmp_path / "jit.pt")
+    assert "JiT" in error_of(model.load, tmp_path / "jit.pt")
+    os.environ["TRIFLOW_ATTACK"] = str(tmp_path / "ran")
+    torch.save({"weights": Attack()}, tmp_path / "hostile.pt")
+    error_of(model.load, tmp_path / "hostile.pt")
+    assert not (tmp_path / "ran").exists()
+    with pytest.raises(Exception):  # the same file does run code where pickles are trusted: the test can fail
+        torch.load(tmp_path / "hostile.pt", weights_only=False)["weights"].anything
+    assert (tmp_path / "ran").exists()
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# losses.py
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def test_losses_mixture_is_consistent():
+    """The closed forms agree with one another: score = grad log density by autograd, score = -(x + (1 - t) v) / t, the
+    flow map follows the velocity, and v of one component is the Gaussian's."""
+    mixture = losses.Mixture(torch.tensor([[-1., 0.5], [1., 0.], [0., 2.]]).double(), torch.tensor([.3, .5, .2]).double(),
+                             torch.tensor([.2, .5, .3]).double())
+    x, t = torch.randn(50, 2, dtype=torch.float64, requires_grad=True), torch.rand(50, dtype=torch.float64) * .9 + .05
+    std = (((1 - t)[:, None] * mixture.stds) ** 2 + t[:, None] ** 2).sqrt()
+    parts = torch.distributions.Normal((1 - t)[:, None, None] * mixture.means, std[..., None])
+    log_p = torch.logsumexp(parts.log_prob(x[:, None]).sum(-1) + mixture.weights.log(), 1)
+    score = torch.autograd.grad(log_p.sum(), x)[0]
+    assert (mixture.score(x, t) - score).abs().max() < 1e-12
+    assert (-(x + (1 - t)[:, None] * mixture.velocity(x, t)) / t[:, None] - score).abs().max() < 1e-11
+
+    x, t = torch.randn(20, 1, dtype=torch.float64), torch.full((20,), .6, dtype=torch.float64)
+    h = 1e-4
+    slope = (TWO_MODES.flow(x, t, t + h) - TWO_MODES.flow(x, t, t - h)) / (2 * h)
+    assert (slope - TWO_MODES.velocity(x, t)).abs().max() < 1e-6
+    one = losses.Mixture(TWO_MODES.means[1:], TWO_MODES.stds[1:], torch.ones(1).double())
+    assert torch.allclose(TWO_MODES.velocity(x, t, torch.ones(20).long()), one.velocity(x, t))
+
+
+class Perturbed(nn.Module):
+    """Exact velocity + a few weighted features: the loss's gradient in the weights is E[-2 residual feature] at 0."""
+    predict, t_min, num_classes, null_class = "v", 0.0, 1, False
+
+    def __init__(self, velocity):
+        super().__init__()
+        self.velocity, self.weight = velocity, nn.Parameter(torch.zeros(5, dtype=torch.float64))
+
+    def forward(self, x_t, t, y, r=None):
+        features = torch.stack([torch.ones_like(x_t), x_t, t[:, None], (2 * x_t).sin() * t[:, None], x_t ** 2 / 3])
+        return self.velocity(x_t, t) + torch.tensordot(self.weight, features, 1)
+
+
+def fm_gradient_in_standard_errors(velocity, batches=40, batch=2000) -> float:
+    """max over features of |mean gradient| / its standard error, for the fm loss at `velocity`."""
+    net, cfg, grads = Perturbed(velocity), losses.Config(), []
+    for k in range(batches):
+        x, y = TWO_MODES.sample(batch, data.generator("fm gradient", k))
+        loss, _ = losses.fm(net, x, y, losses.BatchDraws(0, k, batch), cfg)
+        grads.append(torch.autograd.grad(loss, net.weight)[0])
+    grads = torch.stack(grads)
+    return (grads.mean(0).abs() / (grads.std(0) / batches ** 0.5)).max().item()
+
+
+def test_losses_fm_gradient_vanishes_at_the_exact_velocity():
+    """E grad = 0 at the closed-form velocity (within 4 standard errors), and clearly not for a wrong factor, sign or time
+    direction."""
+    assert fm_gradient_in_standard_errors(TWO_MODES.velocity) < 4
+    for wrong in (lambda x, t: 1.1 * TWO_MODES.velocity(x, t), lambda x, t: -TWO_MODES.velocity(x, t),
+                  lambda x, t: TWO_MODES.velocity(x, 1 - t), lambda x, t: -TWO_MODES.velocity(x, 1 - t)):
+        assert fm_gradient_in_standard_errors(wrong) > 10
+
+
+def test_losses_fm_value_at_the_optimum():
+    """For N(m, s^2) the least loss is the mean over t of Var(e - x | x_t) = s^2 / ((1-t)^2 s^2 + t^2)."""
+    s = 0.5
+    gaussian = losses.Mixture(torch.tensor([[.7]]), torch.tensor([s]), torch.ones(1))
+    x, y = gaussian.sample(200_000, data.generator("fm value"))
+    loss, _ = losses.fm(Perturbed(gaussian.velocity).float(), x, y, losses.BatchDraws(0, 0, len(x)), losses.Config())
+    t = (torch.arange(10000) + .5) / 10000
+    exact = (s * s / ((1 - t) ** 2 * s * s + t ** 2)).mean()
+    assert abs(loss.item() / exact.item() - 1) < 0.02, (loss, exact)
+
+
+def test_losses_x_prediction_is_weighted_x_regression():
+    """A perfect x prediction has no loss at any t, below t_min too; another one costs |x - x_net|^2 / max(t, t_min)^2."""
+    net = tiny(predict="x")
+    x, y = torch.rand(64, 3, 8, 8) * 2 - 1, torch.arange(64) % 10
+    cfg, draws = train.Config(time_mean=-3.0, time_std=2.0), data.Draws(0, range(64))
+    t = losses.sample_times(draws, cfg)
+    assert (t < 0.05).any() and (t > 0.05).any()
+    net.raw = lambda x_t, t, y: x
+    assert losses.fm(net, x, y, draws, cfg)[0] < 1e-9
+    net.raw = lambda x_t, t, y: x + 0.1
+    weight = (0.1 / t.clamp_min(0.05)).square().mean()
+    assert abs(losses.fm(net, x, y, draws, cfg)[0] / weight - 1) < 1e-4
+
+
+def test_losses_times_and_dropped_labels():
+    """Uniform and logit-normal times have their quantiles; the share of null labels is label_drop, others stay."""
+    draws = data.Draws(0, range(4000))
+    u = losses.sample_times(draws, train.Config(time="uniform"))
+    assert abs(u.mean() - .5) < .02 and abs(u.std() - 12 ** -.5) < .01
+    t = losses.sample_times(draws, train.Config(time_mean=0.8, time_std=0.5))
+    q = t.quantile(torch.tensor([.1587, .5, .8413]))
+    assert (torch.logit(q) - torch.tensor([.3, .8, 1.3])).abs().max() < .05
+    y = torch.arange(4000) % 10
+    dropped = losses.drop_labels(tiny(), y, draws, train.Config(label_drop=.25))
+    null = dropped == 10
+    assert abs(null.float().mean() - .25) < .03 and torch.equal(dropped[~null], y[~null])
+    assert torch.equal(losses.drop_labels(tiny(null_class=False), y, draws, train.Config(label_drop=.25)), y)
+
+
+def test_losses_trained_network_reaches_the_exact_sampler():
+    """800 steps on the 1-D mixture bring velocity, flow map and sample distribution near the closed form."""
+    cfg = losses.Config(steps=800)
+    errors = losses.point_errors(losses.train_points("fm", losses.FOUR_MODES, cfg), losses.FOUR_MODES)
+    assert errors["velocity rms"] < 0.16 and errors["map rms"] < 0.16 and errors["W1"] < 0.08, errors
+
+
+def test_losses_run_alone_writes_the_picture(tmp_path):
+    done = run("losses.py", "--steps", "30", "--batch", "64", "--out", tmp_path / "l.png", cwd=HERE)
+    assert done.returncode == 0 and all(name in done.stdout for name in losses.LOSSES), done.stderr
+    assert Image.open(tmp_path / "l.png").size[0] > 800
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# sample.py
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def quantile_noise(n: int) -> torch.Tensor:
+    return torch.special.ndtri((torch.arange(n, dtype=torch.float64) + 0.5) / n)[:, None]
+
+
+def solve(solver: str, steps: int, n: int = 200, **options) -> torch.Tensor:
+    net, e = ExactNet(TWO_MODES), quantile_noise(n)
+    return sample.sample(net, e, torch.full((n,), 2), steps, solver, **options)
+
+
+def test_sample_solvers_reach_the_exact_flow_map_with_their_order():
+    """On the mixture's exact velocity, Euler converges with order 1, Heun and AB2 with order 2, on uniform and on bent
+    time grids; none with the wrong sign or time direction."""
+    e = quantile_noise(200)
+    exact = TWO_MODES.flow(e, torch.ones(200).double(), torch.zeros(200).double())
+    for solver, order, options in (("euler", 1, {}), ("heun", 2, {}), ("ab2", 2, {}), ("ab2", 2, dict(rho=2.0)),
+                                   ("heun", 2, dict(shift=2.0)), ("euler", 1, dict(shift=2.0))):
+        errors = [(solve(solver, steps, **options) - exact).square().mean().sqrt().item() for steps in (80, 320)]
+        found = math.log(errors[0] / errors[1]) / math.log(4)
+        assert abs(found - order) < 0.15 and errors[1] < (0.02 if order == 1 else 2e-4), (solver, options, found, errors)
+
+
+def test_sample_time_grids():
+    """steps + 1 times fall from 1 to 0; rho bends towards data, shift towards noise; bad values are refused."""
+    assert np.allclose(sample.time_grid(4), [1, .75, .5, .25, 0])
+    assert np.allclose(sample.time_grid(2, shift=3), [1, .75, 0]) and np.allclose(sample.time_grid(2, rho=2), [1, .25, 0])
+    assert "positive" in error_of(sample.time_grid, 0)
+
+
+def test_sample_sde_keeps_the_marginals():
+    """For N(0, s^2) data the Euler-Maruyama variance obeys its recursion, and so the samples end with std near s; the
+    one with w for 2 w (a mix of the paper's and the code's symbols) would not."""
+    s, steps, n = 0.5, 100, 40_000
+    gaussian = losses.Mixture(torch.zeros(1, 1).double(), torch.tensor([s]).double(), torch.ones(1).double())
+    e = quantile_noise(n)[torch.randperm(n, generator=data.generator("sde"))]
+    x = sample.sample(ExactNet(gaussian), e, torch.zeros(n).long(), steps, "sde", draws=losses.BatchDraws(0, 0, n))
+    variance, times = 1.0, [.04 + .96 * (1 - k / steps) for k in range(steps - 1)] + [.04, 0]
+    for t, r in zip(times, times[1:]):
+        h, total = t - r, (1 - t) ** 2 * s * s + t * t
+        slope = (t - (1 - t) * s * s) / total + t / total                    # v - w s = slope x with w = t
+        variance = (1 - h * slope) ** 2 * variance + (2 * t * h if r > 0 else 0)
+    assert abs(x.var().item() / variance - 1) < 0.03, (x.var(), variance)
+    assert abs(variance ** .5 - s) < 0.02
+
+
+def test_sample_guidance():
+    """s = 1 and times outside the interval change nothing, bit for bit; s = 3 is v_0 + 3 (v - v_0); autoguidance by the
+    network itself is the identity; the number of network rows is as printed."""
+    net = ExactNet(TWO_MODES)
+    x, y = quantile_noise(50), torch.ones(50).long()
+    plain = net(x, torch.full((50,), .5).double(), y)
+    null = net(x, torch.full((50,), .5).double(), torch.full((50,), 2))
+    assert torch.equal(sample.guided(net)(x, .5, y), plain)
+    assert torch.equal(sample.guided(net, 3, (.6, 1))(x, .5, y), plain)
+    assert torch.allclose(sample.guided(net, 3)(x, .5, y), null + 3 * (plain - null), atol=1e-12)
+    assert torch.allclose(sample.guided(net, 3, reference=net)(x, .5, y), plain, atol=1e-12)
+    for rows, options in ((15, dict(steps=8, solver="heun")), (8, dict(steps=8, solver="ab2")), (8, dict(steps=8)),
+                          (80, dict(steps=40, solver="ab2", guidance=2.)),
+                          (60, dict(steps=40, solver="ab2", guidance=2., interval=(.21, .71)))):
+        net.rows = 0
+        sample.sample(net, x, y, **options)
+        assert net.rows == rows * 50, (options, net.rows / 50)
+    net.null_class = False
+    assert "null label" in error_of(sample.guided, net, 2.0)
+    assert "interval" in error_of(sample.guided, net, 2.0, (.7, .2))
+
+
+def test_sample_guidance_sharpens_as_theory_says():
+    """On two modes: s = 1 gives the class N(1.5, 0.5^2), classifier-free guidance overshoots its mean, an interval less
+    so, and autoguidance by a 1.6 times wider mixture narrows without moving the mean."""
+    n, net = 4000, ExactNet(TWO_MODES)
+    wide = ExactNet(losses.Mixture(TWO_MODES.means, 1.6 * TWO_MODES.stds, TWO_MODES.weights))
+    moments = []
+    for options in ({}, dict(guidance=3.), dict(guidance=3., interval=(.2, .7)), dict(guidance=2., reference=wide)):
+        x = sample.sample(net, quantile_noise(n), torch.ones(n).long(), 80, "ab2", **options)
+        moments.append((x.mean().item(), x.std().item()))
+    plain, guided, in_interval, auto = moments
+    assert abs(plain[0] - 1.5) < .01 and abs(plain[1] - .5) < .01
+    assert guided[0] > 1.9 and guided[1] < .35
+    assert 1.6 < in_interval[0] < 1.8 and in_interval[1] < .35
+    assert abs(auto[0] - 1.5) < .01 and auto[1] < .35
+
+
+def test_sample_i_depends_on_seed_and_i_only():
+    """Batches may be split in any way: the same images; another seed gives others; the SDE's noise too."""
+    net = tiny(predict="x")
+    labels = sample.labels_for(12, 10)
+    for solver in ("ab2", "sde"):
+        one = torch.cat([x for _, x in sample.generate(net, labels, 0, 12, steps=4, solver=solver)]).int()
+        split = torch.cat([x for _, x in sample.generate(net, labels, 0, 5, steps=4, solver=solver)]).int()
+        other = torch.cat([x for _, x in sample.generate(net, labels, 1, 12, steps=4, solver=solver)]).int()
+        assert (one - split).abs().max() <= 1 and (one - other).abs().max() > 20
+    assert labels.tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 0, 1]
+    assert sample.labels_for(4, 10, [7, 3]).tolist() == [7, 3, 7, 3]
+    assert "0 .. 9" in error_of(sample.labels_for, 4, 10, [10])
+    assert "latents" in error_of(next, sample.generate(tiny(channels=4), labels, 0, steps=1))
+
+
+def save_tiny(path) -> Path:
+    net = tiny(predict="x")
+    torch.save({"networks": {"G": {"config": net.config, "weights": net.state_dict()}}, "ema": net.state_dict()}, path)
+    return path
+
+
+def test_sample_command_writes_grid_npz_and_folder(tmp_path):
+    """The three outputs hold the same samples; the npz has ADM's layout, shuffled, with the right labels; two processes
+    write the same as one."""
+    run_folder = tmp_path / "run"
+    run_folder.mkdir()
+    save_tiny(run_folder / "last.pt")
+    flags = ["sample.py", run_folder, "--n", "21", "--steps", "3", "--batch", "5", "--device", "cpu"]
+    sample.main([str(f) for f in flags[1:]] + ["--out", str(tmp_path / "grid.png")])
+    assert Image.open(tmp_path / "grid.png").size[0] > 300
+    sample.main([str(f) for f in flags[1:]] + ["--out", str(tmp_path / "one.npz")])
+    sample.main([str(f) for f in flags[1:]] + ["--out", str(tmp_path / "folder")])
+    torchrun(2, *flags[:1], *flags[1:], "--out", tmp_path / "two.npz")
+    one, two = np.load(tmp_path / "one.npz"), np.load(tmp_path / "two.npz")
+    assert one["arr_0"].shape == (21, 8, 8, 3) and one["arr_0"].dtype == np.uint8
+    assert np.array_equal(one["arr_0"], two["arr_0"]) and np.array_equal(one["arr_1"], two["arr_1"])
+    assert one["arr_1"].tolist() != sorted(one["arr_1"].tolist()) and np.bincount(one["arr_1"]).tolist() == [3] + [2] * 9
+    files = sorted((tmp_path / "folder").iterdir())
+    assert len(files) == 21 and files[13].name == "13_class3.png"
+    by_label = {k: sorted(x.tobytes() for x, y in zip(one["arr_0"], one["arr_1"]) if y == k) for k in range(10)}
+    for k in range(10):
+        mine = sorted(np.asarray(Image.open(f)).tobytes() for f in files if f.stem.endswith(f"class{k}"))
+        assert mine == by_label[k]
+    assert not list(tmp_path.glob("*.tmp.npy"))
+
+
+def test_sample_command_errors(tmp_path):
+    path = str(save_tiny(tmp_path / "net.pt"))
+    assert "which checkpoint" in error_of(sample.main, [])
+    assert "no such checkpoint" in error_of(sample.main, [str(tmp_path)])
+    assert "knows the classes 0 .. 9" in error_of(sample.main, [path, "--classes", "12", "--device", "cpu"])
+    assert "whole numbers" in error_of(sample.main, [path, "--classes", "cat", "--device", "cpu"])
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# train.py
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def checkpoint(out) -> dict:
+    return torch.load(Path(out) / "last.pt", weights_only=True)
+
+
+def assert_same_state(a, b) -> None:
+    a, b = checkpoint(a), checkpoint(b)
+    assert a["step"] == b["step"]
+    for part in ("networks", "ema"):
+        assert same(a[part], b[part]), part
+
+
+def test_train_resume_is_bitwise(tmp_path):
+    """10 steps, and 5 + resume + 5, give the same weights, EMA and optimizer state, bit for bit, and one log."""
+    for accumulation in (1, 2):
+        a, b = tmp_path / f"a{accumulation}", tmp_path / f"b{accumulation}"
+        train.train(tiny_run(a, accumulation=accumulation))
+        train.train(tiny_run(b, accumulation=accumulation, steps=5))
+        assert checkpoint(b)["step"] == 5
+        train.train(tiny_run(b, accumulation=accumulation, resume=True))
+        assert_same_state(a, b)
+    logs = [[json.loads(line) for line in (tmp_path / out / "log.jsonl").read_text().splitlines()] for out in ("a1", "b1")]
+    assert [r["step"] for r in logs[1]] == [2, 4, 5, 6, 8, 10] and logs[0][-1]["loss"] == logs[1][-1]["loss"]
+
+
+def test_train_sigterm_saves_and_resumes_bitwise(tmp_path):
+    """SIGTERM finishes the step, saves and exits 0; the resumed run equals the one that was never stopped; with two
+    processes as well."""
+    for processes in (1, 2):
+        out = tmp_path / f"stopped{processes}"
+        flags = ["--steps", "100000", "--batch", "8", "--log_every", "1", "--sample_every", "0", "--score", "0",
+                 "--device", "cpu", "--decay", "constant", "--out", str(out), "--data", str(SMALL_SET)]
+        start = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"] if processes == 2 else []
+        env = os.environ | {"OMP_NUM_THREADS": "1"}
+        process = subprocess.Popen([sys.executable, *start, str(HERE / "train.py"), *flags], env=env,
+                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        deadline = time.time() + 120
+        while not (out / "log.jsonl").exists() or len((out / "log.jsonl").read_text()) < 300:
+            assert process.poll() is None and time.time() < deadline, process.stderr.read()
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        text, errors = process.communicate(timeout=60)
+        if processes == 1:  # torchrun itself reports the signal it was sent, whatever its workers returned
+            assert process.returncode == 0, errors
+        assert "stopped by a signal" in text, (text, errors)
+        step = checkpoint(out)["step"]
+        assert step < 100000
+        settings = dict(batch=8, warmup=100, sample_every=0, score=0, steps=step + 3, decay="constant")
+        if processes == 1:
+            train.train(tiny_run(out, resume=True, **settings))
+            train.train(tiny_run(tmp_path / "whole", **settings))
+            assert_same_state(out, tmp_path / "whole")
+
+
+TWO_PROCESSES = """
+import sys, torch
+torch.set_default_dtype(torch.float64)
+torch.set_num_threads(1)
+sys.path.insert(0, {here!r})
+import train
+train.train(train.Config(out={out!r}, data={data!r}, steps=20, batch=8, accumulation={accumulation}, warmup=2, log_every=2,
+                         save_every=100, sample_every=0, score=0, sample_steps=2, device="cpu", loss={loss!r}))
+"""
+
+
+@pytest.mark.parametrize("loss", list(losses.LOSSES))
+def test_train_two_processes_equal_one(tmp_path, loss):
+    """After 20 steps in float64 with AdamW, EMA and clipping, two gloo processes have the weights of one process to 1e-9,
+    with and without accumulation, and log the same loss; accumulation alone changes nothing either."""
+    runs = {}
+    for processes, accumulation in ((1, 1), (1, 4), (2, 1), (2, 2)):
+        out = tmp_path / f"{processes}x{accumulation}"
+        script = tmp_path / f"{out.name}.py"
+        script.write_text(TWO_PROCESSES.format(here=str(HERE), out=str(out), data=str(SMALL_SET),
+                                               accumulation=accumulation, loss=loss))
+        torchrun(processes, script)
+        runs[out.name] = checkpoint(out), json.loads((out / "log.jsonl").read_text().splitlines()[-1])
+    one, log = runs.pop("1x1")
+    for name, (other, other_log) in runs.items():
+        for part in (lambda c: c["networks"]["G"]["weights"], lambda c: c["ema"]):
+            error = max((a - b).abs().max().item() for a, b in zip(part(one).values(), part(other).values()))
+            assert error < 1e-9, (name, error)
+        assert abs(log["loss"] - other_log["loss"]) < 1e-6 and abs(log["grad_norm"] - other_log["grad_norm"]) < 1e-5, name
+    first = torch.load(tmp_path / "1x1/last.pt", weights_only=True)["networks"]["G"]["weights"]
+    assert first["final_layer.linear.weight"].abs().max() > 1e-3  # something was learned, so equality says something
+
+
+def test_train_positions_cover_every_image_once():
+    """Over processes and accumulation, the micro-batches of a step are its global batch, in order."""
+    cfg = train.Config(steps=3, batch=12, accumulation=2)
+    rank, world, shares = data.rank, data.world, []
+    try:
+        for r in range(3):
+            data.rank, data.world = (lambda r=r: r), (lambda: 3)
+            shares.append(list(train.positions_from(1, cfg)))
+            assert "multiple of 6" in error_of(train.micro_batch, train.Config(batch=8, accumulation=2))
+    finally:
+        data.rank, data.world = rank, world
+    for step in (0, 1):
+        seen = [p for k in (0, 1) for r in range(3) for p in shares[r][2 * step + k]]
+        assert seen == list(range((step + 1) * 12, (step + 2) * 12))
+
+
+def test_train_pieces():
+    """Learning rate: linear warm-up, linear decay to 0, or constant. EMA: d ema + (1 - d) net with a warm start."""
+    cfg = train.Config(lr=1.0, warmup=10, steps=100, decay="linear")
+    assert math.isclose(train.learning_rate(0, cfg), .1) and math.isclose(train.learning_rate(50, cfg), .5)
+    assert math.isclose(train.learning_rate(99, cfg), .01)
+    assert train.learning_rate(60, dataclasses.replace(cfg, decay="constant")) == 1.0
+    ema, net = nn.Linear(2, 2), nn.Linear(2, 2)
+    expected = {step: d * ema.weight + (1 - d) * net.weight for step, d in ((0, .1), (10 ** 6, .9))}
+    for step, value in expected.items():
+        averaged = nn.Linear(2, 2)
+        averaged.load_state_dict(ema.state_dict())
+        train.update_ema(averaged, net, step, .9)
+        assert torch.allclose(averaged.weight, value)
+
+
+def test_train_run_folder_and_scores(tmp_path):
+    """A run leaves config, log, loss curve, grids, checkpoint and scores with floor and protocol; sample.py reads it."""
+    out = tmp_path / "run"
+    result = train.train(tiny_run(out, data="glyphs", score=50, sample_every=5, decay="linear"))
+    assert sorted(p.name for p in out.iterdir()) == ["config.json", "final.json", "last.pt", "log.jsonl", "loss.png", "samples"]
+    assert sorted(p.name for p in (out / "samples").iterdir()) == ["0000005.png", "0000010.png", "final.png"]
+    assert json.loads((out / "config.json").read_text())["batch"] == 8
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in lines] == [2, 4, 5, 6, 8, 10]
+    assert all({"role", "loss", "grad_norm", "lr", "images_per_second"} <= r.keys() for r in lines)
+    saved = json.loads((out / "final.json").read_text())
+    assert saved == result and saved["images_seen"] == 80
+    for name, guidance in (("unguided", "no guidance"), ("guided", "guidance 1.5")):
+        s = saved["scores"][name]
+        assert s["n"] == 50 and 0 < s["floor"] < s["fd_glyphs"] and 0 <= s["accuracy"] <= 1
+        assert guidance in s["protocol"] and "2 steps" in s["protocol"] and "EMA" in s["protocol"]
+    sample.main([str(out), "--n", "4", "--steps", "1", "--out", str(tmp_path / "s.png"), "--device", "cpu"])
+
+
+def test_train_init_and_other_data(tmp_path):
+    """--init starts from another run's weights; own images, predict v, bf16, compile off and flips run; a checkpoint of
+    another architecture is refused."""
+    train.train(tiny_run(tmp_path / "a", steps=3))
+    train.train(tiny_run(tmp_path / "b", steps=1, lr=0.0, init=str(tmp_path / "a")))
+    a, b = checkpoint(tmp_path / "a"), checkpoint(tmp_path / "b")
+    assert same(a["ema"], b["networks"]["G"]["weights"])
+    for i in range(4):
+        (tmp_path / f"set/{i % 2}").mkdir(parents=True, exist_ok=True)
+        picture((20, 24), ("red", "blue")[i % 2]).save(tmp_path / f"set/{i % 2}/{i}.png")
+    cfg = tiny_run(tmp_path / "c", data=str(tmp_path / "set"), size=16, predict="v", steps=2, workers=1, amp="bf16",
+                   time="uniform", score=100)
+    assert "scores" not in train.train(cfg)
+    assert checkpoint(tmp_path / "c")["networks"]["G"]["config"]["num_classes"] == 2
+    message = error_of(train.train, tiny_run(tmp_path / "d", init=str(tmp_path / "c")))
+    assert "weights of another network" in message and not (tmp_path / "d" / "last.pt").exists()
+
+
+def test_train_refuses_and_loses_nothing(tmp_path):
+    """Batch that does not divide, an existing run, nothing to resume, resuming another model, a damaged checkpoint: one
+    line each, and the old checkpoint stays as it is."""
+    out = tmp_path / "run"
+    assert "multiple of 3" in error_of(train.train, tiny_run(out, accumulation=3))
+    assert "to go on with" in error_of(train.train, tiny_run(out, resume=True))
+    train.train(tiny_run(out, steps=2))
+    before = (out / "last.pt").read_bytes()
+    assert "--resume" in error_of(train.train, tiny_run(out))
+    assert "--init" in error_of(train.train, tiny_run(out, resume=True, model="SiT-S/8"))
+    assert "--predict" in error_of(train.train, tiny_run(out, resume=True, predict="v"))
+    assert (out / "last.pt").read_bytes() == before
+    (out / "last.pt").write_bytes(before[: len(before) // 2])
+    assert "damaged" in error_of(train.train, tiny_run(out, resume=True))
+    (out / "last.pt").write_bytes(before)
+    (out / "last.pt.tmp").write_bytes(before[:100])  # what a process killed while saving leaves behind
+    train.train(tiny_run(out, steps=3, resume=True))
+    assert checkpoint(out)["step"] == 3
+
+
+def test_train_full_disk_keeps_the_old_checkpoint(tmp_path):
+    """When the new checkpoint does not fit (here by a limit on file sizes), the run stops with one line that says so, and
+    the old one still loads."""
+    out = tmp_path / "run"
+    train.train(tiny_run(out, steps=2))
+    before = (out / "last.pt").read_bytes()
+    done = run(script=f"import resource, sys; sys.argv = ['train.py', '--resume', '--steps', '4', '--batch', '8', '--decay', "
+                      f"'constant', '--sample_every', '0', '--score', '0', '--device', 'cpu', '--out', {str(out)!r}, '--data', {str(SMALL_SET)!r}];"
+                      f"resource.setrlimit(resource.RLIMIT_FSIZE, (1000000, 1000000));"
+                      f"import data, train; data.run_cli(train.main)", cwd=HERE)
+    assert done.returncode == 2 and "could not be written" in done.stderr.splitlines()[-1], done.stderr
+    assert (out / "last.pt").read_bytes() == before and not (out / "last.pt.tmp").exists()
+
+
+def test_train_non_finite_loss_stops_with_step_and_name(tmp_path):
+    """A diverging run names step, network and term, exits 2, and leaves the last sound checkpoint."""
+    out = tmp_path / "run"
+    train.train(tiny_run(out, steps=4))
+    with pytest.raises(FloatingPointError) as caught:
+        train.train(tiny_run(out, steps=12, lr=1e30, resume=True, log_every=10))
+    assert re.search(r"step [4-9], network G: (loss|grad_norm) is (nan|inf)", str(caught.value)), caught.value
+    assert checkpoint(out)["step"] == 4
+    assert all(torch.isfinite(v).all() for v in checkpoint(out)["networks"]["G"]["weights"].values())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: bf16 autocast and torch.compile on GPU")
+def test_train_on_a_gpu_with_compile_and_bf16(tmp_path):
+    """The compiled bf16 step's loss is that of the eager float32 step to 2 %."""
+    final = []
+    for name, options in (("eager", dict(amp="off")), ("fast", dict(amp="bf16", compile=True))):
+        train.train(tiny_run(tmp_path / name, device="cuda", batch=64, **options))
+        final.append(json.loads((tmp_path / name / "log.jsonl").read_text().splitlines()[-1])["loss"])
+    assert abs(final[0] / final[1] - 1) < 0.02
+
+
+def test_no_undefined_or_unused_names():
+    """pyflakes, where it is installed, finds nothing."""
+    pyflakes = pytest.importorskip("pyflakes.api", reason="pyflakes is not installed: names are not checked")
+    for file in HERE.glob("*.py"):
+        assert pyflakes.checkPath(str(file)) == 0, file
+
+
+if __name__ == "__main__":
+    sys.exit(pytest.main([__file__, *sys.argv[1:]]))
