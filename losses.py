@@ -22,7 +22,6 @@ Run alone, `python losses.py` trains each objective on a 1-D mixture whose veloc
 form: it prints the errors and draws the learned trajectories over the density in losses.png.
 """
 import dataclasses
-import math
 import typing
 
 import torch

@@ -37,6 +37,7 @@ import sample
 import train
 
 HERE = Path(__file__).parent
+CACHE = os.environ["TRIFLOW_CACHE"] = tempfile.mkdtemp()  # one GlyphNet for all tests, and never the user's
 torch.set_num_threads(1)  # two processes often share two cores here, and idle threads that spin make everything slow
 
 
@@ -52,6 +53,13 @@ def error_of(function, *args, **kwargs) -> str:
     text = str(caught.value)
     assert "\n" not in text
     return text
+
+
+def raises(call, *words) -> None:
+    """The call raises a ValueError or OSError of one line that has all the words."""
+    text = error_of(call)
+    missing = [word for word in words if word not in text]
+    assert not missing, f"{missing} not in: {text}"
 
 
 def run(*command, script: str = "", **options) -> subprocess.CompletedProcess:
@@ -345,12 +353,11 @@ def test_data_run_alone_writes_a_grid(tmp_path):
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def golden_weights(state: dict) -> dict:
+def golden_weights(shapes: dict) -> dict:
     """The formula weights of the golden numbers: b = sin(12.9898 i + 78.233 k) for the k-th name in sorted order."""
-    out = dict(state)
-    names = sorted(k for k in state if k != "pos_embed" and not k.endswith("num_batches_tracked"))
-    for k, name in enumerate(names):
-        shape = state[name].shape
+    out = {}
+    for k, name in enumerate(sorted(shapes)):
+        shape = shapes[name]
         b = np.sin(12.9898 * np.arange(math.prod(shape)) + 78.233 * k).reshape(shape)
         if len(shape) >= 2:
             b = 1.5 * b / np.sqrt(b.size / shape[0])
@@ -380,7 +387,8 @@ GOLDEN_SIT = dict(mean=-0.0647085268, rms=1.9310491060, at=[0, 1, 170, 256, 511]
 
 def golden_dit() -> model.DiT:
     net = model.DiT(input_size=8, patch=2, channels=4, width=48, depth=2, heads=4, num_classes=10, learn_sigma=True)
-    net.load_state_dict(golden_weights(net.state_dict()))
+    shapes = {k: v.shape for k, v in net.state_dict().items() if k != "pos_embed"}
+    net.load_state_dict(golden_weights(shapes) | {"pos_embed": net.pos_embed})
     return net.eval()
 
 
@@ -806,6 +814,414 @@ def test_sample_command_errors(tmp_path):
     assert "no such checkpoint" in error_of(sample.main, [str(tmp_path)])
     assert "knows the classes 0 .. 9" in error_of(sample.main, [path, "--classes", "12", "--device", "cpu"])
     assert "whole numbers" in error_of(sample.main, [path, "--classes", "cat", "--device", "cpu"])
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# fid.py
+# --------------------------------------------------------------------------------------------------------------------
+
+
+AUX = {f"AuxLogits.{unit}.{name}": shape for unit, o, conv in (("conv0", 128, (128, 768, 1, 1)),
+                                                              ("conv1", 768, (768, 128, 5, 5)))
+       for name, shape in {"conv.weight": conv, **{f"bn.{k}": (o,) for k in
+                           ("weight", "bias", "running_mean", "running_var")}}.items()}
+AUX |= {"AuxLogits.fc.weight": (1000, 768), "AuxLogits.fc.bias": (1000,)}
+
+
+def inception_shapes(flavour):
+    """Names and shapes of the official file, without batch counters."""
+    own = fid.InceptionV3(flavour=flavour).state_dict()
+    own = {name: tuple(value.shape) for name, value in own.items() if not name.endswith("num_batches_tracked")}
+    return own | AUX if flavour == "torchvision" else own
+
+
+def golden_file(folder, flavour):
+    """A weights file with the golden weights, the auxiliary head and batch counters in it as in torchvision's."""
+    path = folder / f"{flavour}.pth"
+    state = golden_weights(inception_shapes(flavour))
+    state["Mixed_5b.branch1x1.bn.num_batches_tracked"] = torch.tensor(7)
+    torch.save(state, path)
+    return path
+
+
+def close(value, want, tolerance=1e-4):
+    """Largest error relative to the rms of the wanted values."""
+    value, want = torch.as_tensor(value, dtype=torch.float64), torch.as_tensor(want, dtype=torch.float64)
+    error = (value - want).abs().max() / want.square().mean().sqrt()
+    assert error <= tolerance, f"relative error {error:.1e}: {value.tolist()} against {want.tolist()}"
+
+
+def summary(x, at):
+    """Mean, rms and the values at flat indices, as in golden.md."""
+    x = x.double().flatten()
+    return [x.mean().item(), x.square().mean().sqrt().item(), *x[at].tolist()]
+
+
+def spd(d, seed, lowest=0.1):
+    """A random symmetric positive definite matrix (d, d), float64."""
+    rng = torch.Generator().manual_seed(seed)
+    q = torch.linalg.qr(torch.randn(d, d, generator=rng, dtype=torch.float64)).Q
+    return q * (lowest + torch.rand(d, generator=rng, dtype=torch.float64)) @ q.T
+
+
+def rand(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def test_fid_frechet_golden():
+    """The distance equals the number of pytorch-fid's function, from numpy and from torch."""
+    rng = np.random.RandomState(0)
+    a = rng.randn(500, 64) @ np.diag(np.arange(1, 65) ** -.7)
+    b = rng.randn(700, 64) @ np.diag(np.arange(1, 65) ** -.5) + .05
+    parts = a.mean(0), np.cov(a, rowvar=False), b.mean(0), np.cov(b, rowvar=False)
+    assert abs(fid.frechet_distance(*parts) - 0.7857165208993) < 1e-10
+    assert fid.frechet_distance(*map(torch.from_numpy, parts)) == fid.frechet_distance(*parts)
+
+
+def test_fid_frechet_closed_forms():
+    """1-D, shift, scaling, commuting, point mass, rotation, symmetry and self, at d = 64, to 1e-9."""
+    d, c1, c2, m1, m2 = 64, spd(64, 1), spd(64, 2), rand(64, seed=3), rand(64, seed=4)
+    fd, zero = fid.frechet_distance, torch.zeros(64, 64)
+    one = torch.ones(1, 1, dtype=torch.float64)
+    assert abs(fd(one[0] * 2, one * 9, one[0] * 5, one * 25) - ((2 - 5) ** 2 + (3 - 5) ** 2)) < 1e-12
+    assert abs(fd(m1, c1, m2, c1) - (m1 - m2).square().sum()) < 1e-9
+    assert abs(fd(m1, c1, m1, c1)) < 1e-9
+    assert abs(fd(m1, c1, m1, 4 * c1) - c1.trace()) < 1e-9
+    q, a, b = torch.linalg.qr(c1).Q, torch.rand(d, dtype=torch.float64), torch.rand(d, dtype=torch.float64)
+    assert abs(fd(m1, q * a @ q.T, m1, q * b @ q.T) - (a.sqrt() - b.sqrt()).square().sum()) < 1e-9
+    assert abs(fd(m1, c1, m2, zero) - (m1 - m2).square().sum() - c1.trace()) < 1e-9
+    assert abs(fd(m1, c1, m2, c2) - fd(m2, c2, m1, c1)) < 1e-9
+    assert abs(fd(m1, c1, m2, c2) - fd(q @ m1, q @ c1 @ q.T, q @ m2, q @ c2 @ q.T)) < 1e-9
+
+
+def test_fid_frechet_of_covariances_that_do_not_commute():
+    """With T = 1 + E symmetric positive, N(m, S) and N(m', T S T) are |m - m'|^2 + tr(E S E) apart: d = 64 and 2048."""
+    for d in (64, 2048):
+        mu1, cov1, mu2, cov2, exact = fid.known_distance(d)
+        assert (cov1 @ cov2 - cov2 @ cov1).abs().max() > 1e-4 and exact > 0.1
+        assert abs(fid.frechet_distance(mu1, cov1, mu2, cov2) - exact) < 1e-9, d
+
+
+def test_fid_frechet_rank_deficient():
+    """Singular covariances: rank one is |u|^2 + |w|^2 - 2 |u.w|; N < D samples match the singular values of X1 X2^T."""
+    u, w, zero = rand(64, 1, seed=1), rand(64, 1, seed=2), torch.zeros(64)
+    want = u.square().sum() + w.square().sum() - 2 * (u * w).sum().abs()
+    assert abs(fid.frechet_distance(zero, u @ u.T, zero, w @ w.T) - want) < 1e-6
+    x, y = rand(30, 64, seed=3), rand(40, 64, seed=4)
+    x, y = x - x.mean(0), y - y.mean(0)
+    want = (x.square().sum() / 29 + y.square().sum() / 39 - 2 * torch.linalg.svdvals(x @ y.T).sum() / (29 * 39) ** .5)
+    got = fid.frechet_distance(zero, x.T @ x / 29, zero, y.T @ y / 39)
+    assert abs(got - want) < 1e-6
+    one_sided = fid.frechet_distance(zero, x.T @ x / 29, zero, spd(64, 5))
+    assert abs(one_sided - fid.frechet_distance(zero, spd(64, 5), zero, x.T @ x / 29)) < 1e-9
+
+
+def test_fid_frechet_refuses_what_does_not_belong_together():
+    """Other shapes and non-finite values are ValueErrors that say which."""
+    one, two, eye = torch.zeros(3), torch.zeros(4), torch.eye(3)
+    raises(lambda: fid.frechet_distance(one, eye, two, torch.eye(4)), "(3,)", "(4,)", "(3, 3)")
+    raises(lambda: fid.frechet_distance(one, eye, one, torch.eye(4)), "(4, 4)")
+    raises(lambda: fid.frechet_distance(one, eye, torch.zeros(1), eye), "(1,)")  # would broadcast
+    raises(lambda: fid.frechet_distance(one, eye, one, eye * float("nan")), "cov2", "non-finite")
+
+
+def test_fid_statistics_equal_numpy_for_any_batches():
+    """Streaming mean and covariance equal np.mean and np.cov to 1e-12, however it is cut; float32 is widened."""
+    x = rand(1000, 20).float() * 0.35 + 0.45
+    for size in (1000, 64, 7, 1):
+        stats = fid.Statistics(20)
+        for batch in x.split(size):
+            stats.update(batch)
+        mean, cov = stats.mean_cov()
+        assert stats.n == 1000
+        assert np.abs(mean.numpy() - x.double().numpy().mean(0)).max() < 1e-12
+        assert np.abs(cov.numpy() - np.cov(x.double().numpy(), rowvar=False)).max() < 1e-12
+    raises(fid.Statistics(3).mean_cov, "at least 2")
+
+
+def test_fid_inception_has_the_names_and_sizes_of_the_files():
+    """484 tensors and 27,161,264 parameters with torchvision's auxiliary head; 472 and 23,850,960 for the FID."""
+    for flavour, tensors, parameters in (("torchvision", 484, 27_161_264), ("fid", 472, 23_850_960)):
+        shapes = inception_shapes(flavour)
+        trained = [s for n, s in shapes.items() if not n.endswith(("running_mean", "running_var"))]
+        assert len(shapes) == tensors and sum(int(np.prod(s)) for s in trained) == parameters
+    assert shapes["Mixed_7c.branch3x3dbl_3b.conv.weight"] == (384, 384, 3, 1)
+    assert shapes["Mixed_6b.branch7x7dbl_4.conv.weight"] == (128, 128, 7, 1)
+    assert shapes["fc.weight"] == (1008, 2048)
+
+
+def test_fid_inception_golden(tmp_path):
+    """Both flavours, recognised from their files, give the numbers of torchvision and of pytorch-fid on a wave."""
+    x = wave((2, 3, 299, 299), .0137)
+    net = fid.InceptionV3(golden_file(tmp_path, "torchvision"))
+    net.train()
+    out = net.outputs(x)
+    assert net.flavour == "torchvision" and not net.training
+    close(summary(out["pool3"], [0, 1, 1365, 2048, 4095]),
+          [0.1132500644, 0.2243506167, 0.9033113718, 0.8530551791, 0.1643990576, 0.9033060074, 0.3203912675])
+    close(summary(out["logits"] + net.fc.bias, [0, 1, 666, 1000, 1999]),
+          [0.0038307788, 0.6621285819, -0.8854402900, -0.9017716050, -0.8211702108, -0.8854588866, 0.8038506508])
+    net = fid.InceptionV3(golden_file(tmp_path, "fid"))
+    out = net.outputs(x)
+    assert net.flavour == "fid"
+    close(summary(out["pool3"], [0, 1, 1365, 2048, 4095]),
+          [0.1181154694, 0.2483061382, 0.9254347086, 1.0329910517, 0.0, 0.9254313111, 0.1479515433])
+    close(summary(out["logits"], [0, 1, 672, 1008, 2015]),
+          [0.0118307078, 0.7277952804, -0.9783409834, -0.9400481582, -0.5902845860, -0.9783401489, 0.3934402466])
+    close(summary(out["spatial"], [])[:2], [0.2028957800, 0.2759872773])
+    net.Mixed_6d.branch1x1.register_forward_hook(lambda module, args, result: seen.append(result))
+    seen = []
+    again = net.outputs(x[1:])
+    assert torch.equal(again["spatial"].view(1, 17, 17, 7), seen[0][:, :7].permute(0, 2, 3, 1))
+    close(again["pool3"], out["pool3"][1:], 1e-5)  # an image does not depend on its batch
+
+
+def test_fid_inception_preprocessing():
+    """uint8 images are resized and mapped as documented; autocast changes nothing, TF32 is off."""
+    images = data.glyphs(2)[0]
+    for flavour in ("torchvision", "fid"):
+        torch.manual_seed(0)
+        net = fid.InceptionV3(flavour=flavour)
+        x = fid.resize_tf1(images)
+        x = (x - 128) / 128 if flavour == "fid" else x / 127.5 - 1
+        want = net.outputs(x)["pool3"]
+        assert torch.equal(net(images), want) and want.dtype == torch.float32 and want.shape == (2, 2048)
+    before = torch.backends.cudnn.allow_tf32
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(net(images), want)
+    with fid.full_float32(torch.device("cpu")):
+        assert not torch.backends.cudnn.allow_tf32
+    assert torch.backends.cudnn.allow_tf32 == before
+    raises(lambda: net(images.float()), "data.to_uint8", "float32")
+    raises(lambda: net(images[:, :1]), "(N, 3, h, w)")
+
+
+def test_fid_resize_reads_input_i_n_over_299():
+    """The TF1 rule: a ramp of n becomes i n / 299 up to the clamped edge, in x and in y; 299 pixels are left alone."""
+    same = torch.randint(0, 256, (1, 3, 299, 299), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(fid.resize_tf1(same), same.float())
+    for n in (32, 256, 512):
+        ramp = torch.arange(n, dtype=torch.float32).expand(1, 1, n, n)
+        want = (torch.arange(299) * n / 299).clamp_max(n - 1).expand(1, 1, 299, 299)
+        assert (fid.resize_tf1(ramp) - want).abs().max() < 1e-4
+        assert (fid.resize_tf1(ramp.mT) - want.mT).abs().max() < 1e-4
+
+
+def test_fid_weights_files_that_cannot_be_used(tmp_path):
+    """Missing, cut, foreign, incomplete and wrongly named weights are one-line errors that say what to do."""
+    raises(lambda: fid.load_inception("torchvision"), CACHE, "0cc3c7bd", "108,949,747",
+           "https://download.pytorch.org/models/inception_v3_google-0cc3c7bd.pth")
+    raises(lambda: fid.load_inception("fid"), "95,628,359", "6726825d0af5f729", "mseitzer")
+    half = Path(CACHE) / "pt_inception-2015-12-05-6726825d.pth"
+    half.write_bytes(b"half")
+    raises(lambda: fid.load_inception("fid"), "4 bytes", "incomplete")
+    half.unlink()
+    raises(lambda: fid.load_inception("no.pth"), "no.pth", "torchvision")
+    whole = golden_file(tmp_path, "fid")
+    raises(lambda: fid.InceptionV3(whole, "torchvision"), "fid weights, not torchvision", "1008")
+    (tmp_path / "cut.pth").write_bytes(whole.read_bytes()[:1_000_000])
+    raises(lambda: fid.InceptionV3(tmp_path / "cut.pth"), "cut.pth", "incomplete")
+    state = torch.load(whole, weights_only=True)
+    torch.save({"fc.weight": torch.zeros(10, 2048)}, tmp_path / "ten.pth")
+    raises(lambda: fid.InceptionV3(tmp_path / "ten.pth"), "1000 or 1008")
+    state.pop("Mixed_6a.branch3x3.bn.running_var")
+    torch.save(state, tmp_path / "less.pth")
+    raises(lambda: fid.InceptionV3(tmp_path / "less.pth"), "Mixed_6a.branch3x3.bn.running_var")
+
+
+def test_fid_glyph_net_is_trained_once_and_mends_a_damaged_file():
+    """A damaged file is trained anew, even under inference_mode, without a trace in the global random state; a good one
+    is only read. GlyphNet then reads held-out digits of 32, 64 and 16 pixels."""
+    fid.glyph_net_file().write_bytes(b"PK nonsense")
+    state, threads = torch.random.get_rng_state(), torch.get_num_threads()
+    with torch.inference_mode():
+        trained = fid.glyph_net(quiet=True)
+    written = fid.glyph_net_file().stat().st_mtime_ns
+    net = fid.glyph_net()
+    assert torch.equal(torch.random.get_rng_state(), state) and torch.get_num_threads() == threads
+    assert net.label == trained.label and fid.glyph_net_file().stat().st_mtime_ns == written
+    assert os.listdir(CACHE) == [fid.glyph_net_file().name]  # no temporary file is left
+    for size, least in ((32, 0.99), (64, 0.99), (16, 0.98)):
+        images, labels = data.glyphs(1000, size, seed=5)
+        features, logits = net(images)
+        assert features.shape == (1000, 64) and not features.requires_grad and not net.training
+        assert (logits.argmax(1) == labels).float().mean() >= least, size
+
+
+def test_fid_score_of_real_wrong_and_noisy_glyphs(capsys):
+    """Real glyphs score about the floor; wrong labels cost accuracy; noise, and missing digits, cost distance."""
+    images, labels = data.glyphs(500, seed=5)
+    real = fid.score_glyphs(images, labels)
+    assert real["n"] == 500 and real["accuracy"] >= 0.99
+    assert 0 < real["floor"] and 0.5 * real["floor"] < real["fd_glyphs"] < 2 * real["floor"]
+    wrong = fid.score_glyphs(images, (labels + 1) % 10)
+    assert wrong["accuracy"] < 0.02 and wrong["fd_glyphs"] == real["fd_glyphs"]
+    noise = torch.randint(0, 256, images.shape, generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    noise = fid.score_glyphs(noise)
+    assert noise["fd_glyphs"] > 100 * real["floor"] and noise["accuracy"] is None and noise["floor"] == real["floor"]
+    assert fid.score_glyphs(images[labels < 5])["fd_glyphs"] > 20 * real["floor"]
+    assert "warning" not in capsys.readouterr().err
+    fid.score_glyphs(images[:100])
+    notes = capsys.readouterr().err
+    assert "warning: 100 images for 64 features" in notes and notes.count("warning") == 1
+    raises(lambda: fid.score_glyphs(data.to_float(images)), "data.to_uint8")
+
+
+def write_folder(folder, images, labels):
+    for i, (image, label) in enumerate(zip(images, labels)):
+        (folder / str(int(label))).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / str(int(label)) / f"{i:05d}.png")
+    return str(folder)
+
+
+def write_npz(path, images, labels):
+    np.savez(path, arr_0=images.permute(0, 2, 3, 1).numpy(), arr_1=labels.numpy())
+    return str(path)
+
+
+def test_fid_evaluate_glyphs_from_folder_npz_and_statistics(tmp_path):
+    """A folder, an npz and saved statistics of the same images score alike, and as score_glyphs does."""
+    images, labels = data.glyphs(300, seed=5)
+    want = fid.score_glyphs(images, labels)
+    npz, png = write_npz(tmp_path / "a.npz", images, labels), write_folder(tmp_path / "png", images, labels)
+    stats = str(tmp_path / "stats.npz")
+    first = fid.evaluate(npz, "glyphs", "glyphs", save_stats=stats)
+    assert list(first)[:2] == ["metric", "value"] and first["metric"] == "FD-glyphs"
+    assert first["features"].startswith("glyphnet ") and first["size"] == [32, 32]
+    assert first["reference"] == "glyphs:1" and first["n"] == first["n_ref"] == 300
+    for source in (npz, png, stats):
+        got = fid.evaluate(source, "glyphs", "glyphs", batch=70)
+        assert abs(got["value"] - want["fd_glyphs"]) < 1e-8 and got["floor"] == want["floor"], source
+        assert got["accuracy"] == (None if source == stats else want["accuracy"])
+    assert abs(fid.evaluate(png, stats, "glyphs")["value"]) < 1e-8
+    assert fid.evaluate(png, "", "glyphs", save_stats=stats)["value"] is None
+    part = fid.evaluate(npz, stats, "glyphs", num=150)
+    assert part["n"] == 150 and part["n_ref"] == 300 and part["value"] > 0
+
+
+def test_fid_evaluate_draws_exactly_num_images_of_all_classes(tmp_path):
+    """--num N takes N images, the same each time and of every class, whether these are sorted or repeat every ten."""
+    images, labels = data.glyphs(200, seed=5)
+    order, net = labels.argsort(stable=True), fid.glyph_net()
+    for name, kept in (("sorted", order), ("in turn", torch.arange(200))):
+        npz, seen = write_npz(tmp_path / f"{name}.npz", images[kept], labels[kept]), []
+        hook = net.register_forward_hook(lambda module, args, result: seen.append(result))
+        moments = fid.image_moments(npz, net, 100, 64, {})
+        hook.remove()
+        features, logits = (torch.cat(part) for part in zip(*seen))
+        assert len(features) == moments.n == 100
+        assert logits.argmax(1).bincount(minlength=10).min() >= 5, name
+        assert torch.allclose(moments.mu, features.double().mean(0))
+        assert torch.equal(fid.image_moments(npz, net, 100, 64, {}).mu, moments.mu)
+    raises(lambda: fid.evaluate(npz, "glyphs", "glyphs", num=50_000),
+           f"found 200 images in {npz}", "--num asks for 50,000")
+
+
+def test_fid_evaluate_refuses_to_mix_protocols(tmp_path, capsys):
+    """Statistics of other weights, resize rules, sizes or counts do not compare; unrecorded ones are announced."""
+    images, labels = data.glyphs(200, seed=5)
+    npz, stats = write_npz(tmp_path / "a.npz", images, labels), str(tmp_path / "stats.npz")
+    fid.evaluate(npz, "", "glyphs", save_stats=stats)
+    with np.load(stats) as file:
+        parts = dict(file)
+    for key, other in (("features", "glyphnet 00000000"), ("resize", "bicubic"), ("size", [64, 64])):
+        meta = json.loads(str(parts["meta"])) | {key: other}
+        np.savez(tmp_path / "other.npz", **parts | {"meta": json.dumps(meta)})
+        raises(lambda: fid.evaluate(npz, str(tmp_path / "other.npz"), "glyphs"), key, "--save_stats")
+    raises(lambda: fid.evaluate(stats, npz, "glyphs", num=100), "found 200 images", "--num asks for 100")
+    np.savez(tmp_path / "bare.npz", mu=parts["mu"], sigma=parts["sigma"], arr_0=parts["mu"])
+    raises(lambda: fid.evaluate(npz, str(tmp_path / "bare.npz"), "glyphs"), "does not say how it was made")
+    capsys.readouterr()
+    bare = fid.image_moments(str(tmp_path / "bare.npz"), fid.InceptionV3(), None, 64, {"features": "inception"})
+    notes = capsys.readouterr().err
+    assert "not its images (arr_0)" in notes and "--weights fid" in notes and bare.n is None
+    assert np.array_equal(bare.mu, parts["mu"]) and np.array_equal(bare.cov, parts["sigma"])
+    (tmp_path / "broken.npz").write_bytes(b"PK")
+    broken = str(tmp_path / "broken.npz")
+    raises(lambda: fid.evaluate(broken, npz, "glyphs"), broken, "not a readable")
+
+
+def test_fid_evaluate_inception_names_what_it_measured(tmp_path):
+    """FID only for the 2015-12-05 weights and 50,000 images; the protocol has flavour, file digest and resize rule."""
+    net = fid.InceptionV3(flavour="fid")
+    assert fid.metric_name(net, 50_000) == "FID" and fid.metric_name(net, 5000) == "FID-5000"
+    torch.save(net.state_dict(), tmp_path / "w.pth")
+    images, labels = data.glyphs(6, seed=5)
+    npz, stats = write_npz(tmp_path / "a.npz", images, labels), tmp_path / "stats.npz"
+    state = torch.random.get_rng_state()
+    got = fid.evaluate(npz, "", weights=str(tmp_path / "w.pth"), num=4, batch=3, save_stats=str(stats))
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert got["metric"] == "FID-4" and got["n"] == 4 and got["size"] == [32, 32]
+    assert got["features"] == f"inception fid {fid.digest((tmp_path / 'w.pth').read_bytes())}"
+    assert got["resize"] == "tf1 bilinear to 299, (x-128)/128"
+    drawn = torch.randperm(6, generator=data.generator("--num"))[:4].sort().values
+    features = net(images[drawn]).double().numpy()
+    with np.load(stats) as file:
+        close(file["mu"], features.mean(0), 1e-5)
+        close(file["sigma"], np.cov(features, rowvar=False), 1e-4)
+        assert json.loads(str(file["meta"])) == {key: got[key] for key in ("features", "resize", "size")}
+    net = fid.InceptionV3(flavour="torchvision")
+    assert fid.metric_name(net, 50_000) == "FID (torchvision weights)" and net.resize.endswith("x/127.5-1")
+
+
+def test_fid_command_line(tmp_path, capsys):
+    """Usage without arguments; --json is one object; errors are one line with the nearest flag, exit status 2."""
+    fid.main([])
+    assert "GENERATED REFERENCE" in capsys.readouterr().out
+    npz = write_npz(tmp_path / "a.npz", *data.glyphs(150, seed=5))
+    fid.main([npz, "glyphs", "--features", "glyphs", "--num", "140", "--json"])
+    result = json.loads(capsys.readouterr().out)
+    assert result["n"] == 140 and result["floor"] > 0 and result["accuracy"] > 0.98
+    fid.main([npz, "glyphs", "--features", "glyphs", "--device", "cpu", "--batch", "50"])
+    names = {line.split()[0] for line in capsys.readouterr().out.splitlines()}
+    assert {"metric", "value", "floor", "accuracy", "reference", "resize"} <= names
+    raises(lambda: fid.main([npz, npz]), "inception_v3_google-0cc3c7bd.pth")
+    raises(lambda: fid.main([npz]), "REFERENCE", "--save_stats")
+    raises(lambda: fid.main([npz, "--save_stats", "a.txt"]), "a.txt", ".npz")
+    command = [sys.executable, "fid.py", npz, "glyphs", "--featurs", "glyphs"]
+    out = subprocess.run(command, cwd=HERE, capture_output=True, text=True)
+    assert out.returncode == 2 and out.stderr.startswith("error: ") and "--features" in out.stderr
+    assert len(out.stderr.strip().splitlines()) == 1
+
+
+def test_fid_benchmark_prints_both(capsys):
+    """The comparison with sqrtm runs, at a small size, and both are right."""
+    fid.benchmark(48)
+    lines = capsys.readouterr().out.splitlines()
+    errors = [float(line.split()[2]) for line in lines if " error " in line]
+    assert len(errors) == 2 and max(map(abs, errors)) < 1e-9 and "times as long" in lines[-1]
+
+
+RANKS = """
+import json, os, sys, torch, torch.distributed as dist
+import data, fid
+torch.set_num_threads(1)
+dist.init_process_group("gloo", init_method="file://" + sys.argv[1], rank=int(sys.argv[2]), world_size=2)
+rank = dist.get_rank()
+images, labels = data.glyphs(301, seed=5)
+mine = slice(0, 101) if rank == 0 else slice(101, None)
+scores = [fid.score_glyphs(images[mine], labels[mine]),
+          fid.score_glyphs(images[:301 * (1 - rank)]),
+          fid.evaluate(sys.argv[3], "glyphs", "glyphs", num=131, batch=50)]
+print(json.dumps(scores))
+dist.destroy_process_group()
+"""
+
+
+def test_fid_two_processes_equal_one(tmp_path):
+    """Two gloo processes with unequal shares, one of them empty, get the scores of one process; only one trains."""
+    images, labels = data.glyphs(301, seed=5)
+    npz = write_npz(tmp_path / "a.npz", images, labels)
+    command = [sys.executable, "-c", RANKS, str(tmp_path / "meet")]
+    ranks = [subprocess.Popen([*command, rank, npz], cwd=HERE, stdout=subprocess.PIPE, text=True,
+                              env=os.environ | {"PYTHONPATH": str(HERE)}) for rank in "01"]
+    got = [json.loads(p.communicate(timeout=120)[0].splitlines()[-1]) for p in ranks]
+    assert got[0] == got[1]
+    for two, one in zip(got[0], [fid.score_glyphs(images, labels), fid.score_glyphs(images),
+                                 fid.evaluate(npz, "glyphs", "glyphs", num=131)]):
+        assert two.keys() == one.keys() and two["n"] == one["n"] and two["accuracy"] == one["accuracy"]
+        for key in {"fd_glyphs", "value", "floor"} & two.keys():
+            assert abs(two[key] / one[key] - 1) < 1e-6, key  # batches differ, so float32 features do
 
 
 # --------------------------------------------------------------------------------------------------------------------
