@@ -438,15 +438,16 @@ class _Fetcher(torch.utils.data.Dataset):
         return torch.stack(images), torch.tensor(labels)
 
 
-def _ignore_interrupts(_worker: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's: it finishes its step and saves
+def _ignore_signals(_worker: int) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):  # they are the main process's: it finishes its step and saves
+        signal.signal(number, signal.SIG_IGN)
 
 
 def batches(source: Arrays | Files, index_lists: typing.Iterable[list[int]], workers: int = 0):
     """Yield (uint8 (b, C, h, w), int64 (b,)) for each list of indices, in order, decoded by worker processes."""
     loader = torch.utils.data.DataLoader(
         _Fetcher(source), batch_sampler=index_lists, collate_fn=lambda batch: batch, num_workers=workers,
-        worker_init_fn=_ignore_interrupts, generator=torch.Generator(), pin_memory=False)
+        worker_init_fn=_ignore_signals, generator=torch.Generator(), pin_memory=False)
     for batch in loader:
         if isinstance(batch, ValueError):
             raise batch

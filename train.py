@@ -60,7 +60,7 @@ class Config:
     clip: float = option(1.0, "largest gradient norm; 0 does not clip")
     ema: float = option(0.995, "decay of the averaged weights, smaller in the first steps")
     time: str = option("logit_normal", "distribution of the training time", ("uniform", "logit_normal"))
-    time_mean: float = option(0.0, "logit-normal: mean of logit(t); larger trains more on noise")
+    time_mean: float = option(0.0, "logit-normal: mean of logit(t); larger trains more on noise (0.8, 0.8: JiT)")
     time_std: float = option(1.0, "logit-normal: standard deviation of logit(t)")
     label_drop: float = option(0.1, "share of labels replaced by the null label, for guidance")
     seed: int = option(0, "everything random follows from it")
@@ -132,10 +132,13 @@ def update_ema(ema: nn.Module, net: nn.Module, step: int, decay: float) -> None:
 
 
 class StopSignal:
-    """SIGTERM or Ctrl-C asks to finish the step, save and leave; a second one ends the program at once."""
+    """SIGTERM or Ctrl-C asks to finish the step, save and leave; another one more than 2 seconds later ends at once.
+
+    (torchrun passes a Ctrl-C on to processes that the terminal has told already: two signals for one key.)
+    """
 
     def __init__(self):
-        self.asked = False
+        self.asked = 0.0
 
     def __enter__(self):
         self.before = {s: signal.signal(s, self.note) for s in (signal.SIGTERM, signal.SIGINT)}
@@ -145,15 +148,17 @@ class StopSignal:
         for s, handler in self.before.items():
             signal.signal(s, handler)
 
-    def note(self, number, _frame):
-        self.asked = True
-        signal.signal(number, signal.SIG_DFL)
+    def note(self, _number, _frame):
+        now = time.monotonic()
+        self.asked = self.asked or now
+        if now > self.asked + 2:
+            raise KeyboardInterrupt
 
     def on_any_process(self) -> bool:
         """Whether any process was asked: all leave after the same step."""
-        asked = torch.tensor([int(self.asked)])
+        asked = torch.tensor([float(self.asked > 0)])
         if dist.is_initialized():
-            dist.all_reduce(asked, dist.ReduceOp.MAX)
+            dist.all_reduce(asked)
         return bool(asked)
 
 
@@ -196,6 +201,15 @@ def resume(path: Path, cfg: Config, nets: dict, opts: dict, ema: nn.Module) -> i
     return content["step"]
 
 
+def read_log(path: Path) -> list[dict]:
+    """The lines of log.jsonl; a last line that a killed process left unfinished does not count."""
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        with contextlib.suppress(json.JSONDecodeError):
+            rows.append(json.loads(line))
+    return rows
+
+
 class Log:
     """Collects the numbers of each step on the device and, now and then, averages, checks and writes them.
 
@@ -205,10 +219,9 @@ class Log:
 
     def __init__(self, path: Path, start: int):
         self.path, self.pending, self.since = path, [], time.perf_counter()
-        if data.rank() == 0:
-            kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= start] \
-                if start and path.exists() else []
-            path.write_text("".join(line + "\n" for line in kept))
+        if data.rank() == 0:  # a resumed run writes the lines after its checkpoint anew
+            kept = [row for row in read_log(path) if row["step"] <= start]
+            path.write_text("".join(json.dumps(row) + "\n" for row in kept))
 
     def note(self, step: int, role: str, values: dict) -> None:
         self.pending.append((step, role, list(values), torch.stack([v.detach().float() for v in values.values()])))
@@ -217,25 +230,18 @@ class Log:
         """Write one line for each role; returns the last line. FloatingPointError for a non-finite number."""
         if not self.pending:
             return {}
-        tables = [values for *_, values in self.pending]
-        joined = torch.cat(tables).cpu()
+        joined = torch.cat([values for *_, values in self.pending]).cpu()
         if dist.is_initialized():  # the mean over processes: the loss of the global batch
             dist.all_reduce(joined)
             joined /= data.world()
-        for (step, role, names, _), values in zip(self.pending, joined.split([len(v) for v in tables])):
-            for name, value in zip(names, values.tolist()):
-                if not math.isfinite(value):
-                    raise FloatingPointError(
-                        f"step {step}, network {role}: {name} is {value}. Stopped; the last checkpoint is older and "
-                        f"sound. Try a lower --lr, a longer --warmup or a smaller --clip, then --resume")
+        columns = {}
+        for (step, role, names, own), values in zip(self.pending, joined.split([len(v) for *_, v in self.pending])):
+            check_finite(step, role, dict(zip(names, values.tolist())))
+            columns.setdefault(role, (names, []))[1].append(values)
         seconds, self.since = time.perf_counter() - self.since, time.perf_counter()
-        lines = []
-        for role in dict.fromkeys(role for _, role, *_ in self.pending):
-            rows = [v for (_, r, *_), v in zip(self.pending, joined.split([len(v) for v in tables])) if r == role]
-            names = next(names for _, r, names, _ in self.pending if r == role)
-            means = torch.stack(rows).mean(0).tolist()
-            lines.append({"step": self.pending[-1][0] + 1, "role": role, **dict(zip(names, means)), "lr": lr,
-                          "images_per_second": round(len(self.pending) * cfg.batch / seconds, 1)})
+        rate = round(len(self.pending) * cfg.batch / seconds, 1)
+        lines = [{"step": step + 1, "role": role, **dict(zip(names, torch.stack(rows).mean(0).tolist())), "lr": lr,
+                  "images_per_second": rate} for role, (names, rows) in columns.items()]
         if data.rank() == 0:
             with open(self.path, "a") as file:
                 file.writelines(json.dumps(line) + "\n" for line in lines)
@@ -243,10 +249,17 @@ class Log:
         return lines[-1]
 
 
+def check_finite(step: int, role: str, values: dict) -> None:
+    for name, value in values.items():
+        if not math.isfinite(value):
+            raise FloatingPointError(f"step {step}, network {role}: {name} is {value}. Stopped; the last checkpoint is "
+                                     f"older and sound. Try a lower --lr, a longer --warmup or a smaller --clip, then "
+                                     f"--resume")
+
+
 def draw_loss(log: Path, picture: Path) -> None:
     """loss.png: the loss of each role over the steps, both axes labelled, the loss on a logarithmic scale."""
-    rows = [json.loads(line) for line in log.read_text().splitlines()]
-    rows = [row for row in rows if row["loss"] > 0]
+    rows = [row for row in read_log(log) if row["loss"] > 0]
     if len(rows) < 2:
         return
     w, h, left, low = 640, 360, 56, 28
@@ -375,7 +388,7 @@ def train(cfg: Config) -> dict:
             done, stopped = step + 1, stop.on_any_process()
             last = stopped or done == cfg.steps
             save = last or done % cfg.save_every == 0
-            show = (cfg.sample_every and done % cfg.sample_every == 0) or done == cfg.steps
+            show = cfg.sample_every and done % cfg.sample_every == 0
             if done % cfg.log_every == 0 or save or show:
                 line = log.flush(cfg, opt.param_groups[0]["lr"]) or line
                 bar.set_postfix(loss=f"{line['loss']:.4f}", img_s=f"{line['images_per_second']:.0f}", refresh=False)
