@@ -30,6 +30,7 @@ import signal
 import sys
 import typing
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -60,7 +61,8 @@ class Draws:
     """Random numbers for samples at given positions: number k depends on (seed, purpose, positions[k]) only.
 
     Batches may therefore be split over GPUs, accumulation steps or evaluation runs in any way without changing a
-    single draw. `positions` are global: training uses step * batch + i, evaluation the index of the sample.
+    single draw, on one kind of device. `positions` are global: training uses step * batch + i, evaluation the index of the sample. (The normal
+    numbers of a GPU are others than those of a CPU.)
     """
 
     def __init__(self, seed: int, positions: typing.Sequence[int], device="cpu"):
@@ -257,8 +259,8 @@ class Files:
         try:
             with self.open(self.names[i]) as file:
                 image = decode(file, name, self.size)
-        except (OSError, zipfile.BadZipFile) as error:
-            raise ValueError(f"{name}: cannot be read ({error})") from error
+        except (OSError, zipfile.BadZipFile, zlib.error) as error:
+            raise ValueError(f"{name}: cannot be read ({error}); repair or remove it") from error
         if i and tuple(image.shape) != self.shape:
             raise ValueError(f"images have mixed sizes: {self.names[0]} is {self.shape[2]}x{self.shape[1]}, "
                              f"{self.names[i]} is {image.shape[2]}x{image.shape[1]}; give --size to crop all alike")
@@ -279,14 +281,16 @@ def check_labels(labels, n: int, where: str) -> Tensor:
 
 def read_folder(root: Path, size: int | None) -> Files:
     """A folder of images: one class for each subfolder (ImageNet's layout, sorted names), or flat: one class."""
-    names = sorted(p.relative_to(root).as_posix() for p in root.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+    files = [Path(folder, f) for folder, _, inside in os.walk(root, followlinks=True) for f in inside]
+    names = sorted(p.relative_to(root).as_posix() for p in files if p.suffix.lower() in IMAGE_SUFFIXES)
     if not names:
         raise ValueError(f"{root}: no images found; expected class subfolders of images, images "
                          f"({' '.join(sorted(IMAGE_SUFFIXES))}), MNIST idx files or CIFAR-10 .bin files")
     classes = sorted({name.split("/")[0] if "/" in name else "." for name in names})
-    labels = [classes.index(name.split("/")[0] if "/" in name else ".") for name in names]
+    number = {name: k for k, name in enumerate(classes)}
+    labels = [number[name.split("/")[0] if "/" in name else "."] for name in names]
     if "." in classes and len(classes) > 1:
-        raise ValueError(f"{root}: images stand both in the folder itself ({names[labels.index(classes.index('.'))]}) and "
+        raise ValueError(f"{root}: images stand both in the folder itself ({names[labels.index(number['.'])]}) and "
                          f"in subfolders ({', '.join(c for c in classes if c != '.')}); move them into class subfolders")
     return Files(root, names, labels, size, classes if classes != ["."] else [root.name])
 
@@ -297,11 +301,11 @@ def read_zip(path: Path, size: int | None) -> Files:
         with zipfile.ZipFile(path) as archive:
             names = sorted(n for n in archive.namelist() if Path(n).suffix.lower() in IMAGE_SUFFIXES)
             meta = json.loads(archive.read("dataset.json")) if "dataset.json" in archive.namelist() else {}
-    except (zipfile.BadZipFile, json.JSONDecodeError) as error:
-        raise ValueError(f"{path}: not a readable zip of images ({error})") from error
+        table = dict(meta.get("labels") or [])
+    except (zipfile.BadZipFile, zlib.error, ValueError, AttributeError, TypeError) as error:
+        raise ValueError(f"{path}: not a zip of images with dataset.json as EDM writes it ({error})") from error
     if not names:
         raise ValueError(f"{path}: no images in this zip; expected images and, for labels, dataset.json")
-    table = dict(meta.get("labels") or [])
     missing = [n for n in names if table and n not in table]
     if missing:
         raise ValueError(f"{path}: dataset.json has no label for {missing[0]} ({len(missing)} such images)")
@@ -312,15 +316,20 @@ def read_zip(path: Path, size: int | None) -> Files:
 def read_npz(path: Path, size: int | None) -> Arrays:
     """`arr_0` (ADM) or `images`, uint8 NHWC or NCHW with 3 channels (or 1); `labels` or `arr_1` where present."""
     try:
+        with open(path, "rb") as raw, zipfile.ZipFile(raw) as archive:
+            names = {name.removesuffix(".npy") for name in archive.namelist()}
+        key = next((k for k in ("images", "arr_0") if k in names), None)
+        if key is None:
+            raise KeyError
         with np.load(path, allow_pickle=False) as file:
-            key = next((k for k in ("images", "arr_0") if k in file), None)
-            if key is None:
-                raise ValueError(f"{path}: arrays {', '.join(file)}; expected `images` or `arr_0`")
             images = file[key]
             labels = next((file[k] for k in ("labels", "arr_1") if k in file), np.zeros(len(images), np.int64))
-    except (zipfile.BadZipFile, EOFError, OSError) as error:
-        raise ValueError(f"{path}: not a readable .npz ({error})") from error
-    if images.dtype != np.uint8 or images.ndim != 4 or not {images.shape[1], images.shape[3]} & {1, 3}:
+    except KeyError:
+        raise ValueError(f"{path}: holds {', '.join(sorted(names)) or 'nothing'}; expected `images` or `arr_0`") from None
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, TypeError, ValueError):
+        raise ValueError(f"{path}: not a readable .npz of numbers; write it with numpy.savez(path, images=..., "
+                         f"labels=...)") from None
+    if images.dtype != np.uint8 or images.ndim != 4 or not len(images) or not {images.shape[1], images.shape[3]} & {1, 3}:
         raise ValueError(f"{path}: {key} is {images.dtype} {images.shape}; expected uint8 (N, h, w, 3) or (N, 3, h, w)")
     if images.shape[3] in (1, 3):
         images = images.transpose(0, 3, 1, 2)
@@ -329,8 +338,8 @@ def read_npz(path: Path, size: int | None) -> Arrays:
 
 def rgb(images: np.ndarray) -> Tensor:
     """uint8 (N, 1 or 3, h, w) -> (N, 3, h, w): every data set has three channels, so every network and metric fits."""
-    images = torch.from_numpy(np.array(images, order="C"))
-    return images.expand(-1, 3, -1, -1).contiguous() if images.shape[1] == 1 else images
+    images = torch.from_numpy(images)
+    return images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images
 
 
 def read_idx(path: Path, size: int | None) -> Arrays:
@@ -342,12 +351,13 @@ def read_idx(path: Path, size: int | None) -> Arrays:
     def unpack(file: Path, dims: int) -> np.ndarray:
         try:
             raw = gzip.open(file).read() if file.suffix == ".gz" else file.read_bytes()
-        except (OSError, EOFError) as error:
-            raise ValueError(f"{file}: not readable ({error})") from error
-        shape = tuple(np.frombuffer(raw[4:4 + 4 * dims], ">i4"))
-        if raw[:4] != bytes([0, 0, 8, dims]) or len(raw) != 4 + 4 * dims + np.prod(shape, dtype=np.int64):
-            raise ValueError(f"{file}: not an idx file of {dims}-dimensional bytes, or cut short")
-        return np.frombuffer(raw, np.uint8, offset=4 + 4 * dims).reshape(shape)
+        except (OSError, EOFError, zlib.error) as error:
+            raise ValueError(f"{file}: not readable ({error}); get it again") from error
+        head = 4 + 4 * dims
+        shape = np.frombuffer(raw[4:head].ljust(4 * dims, b"\0"), ">i4").astype(np.int64)
+        if raw[:4] != bytes([0, 0, 8, dims]) or len(raw) != head + shape.prod() or not shape.prod():
+            raise ValueError(f"{file}: not an idx file of {dims}-dimensional bytes, or cut short; get it again")
+        return np.frombuffer(raw, np.uint8, offset=head).reshape(shape).copy()
 
     images, labels = unpack(path, 3), unpack(labels_path, 1)
     return Arrays(rgb(images[:, None]), check_labels(labels, len(images), str(labels_path)), size)
@@ -438,6 +448,10 @@ class _Fetcher(torch.utils.data.Dataset):
         return torch.stack(images), torch.tensor(labels)
 
 
+def _as_it_is(batch):
+    return batch
+
+
 def _ignore_signals(_worker: int) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):  # they are the main process's: it finishes its step and saves
         signal.signal(number, signal.SIG_IGN)
@@ -446,7 +460,7 @@ def _ignore_signals(_worker: int) -> None:
 def batches(source: Arrays | Files, index_lists: typing.Iterable[list[int]], workers: int = 0):
     """Yield (uint8 (b, C, h, w), int64 (b,)) for each list of indices, in order, decoded by worker processes."""
     loader = torch.utils.data.DataLoader(
-        _Fetcher(source), batch_sampler=index_lists, collate_fn=lambda batch: batch, num_workers=workers,
+        _Fetcher(source), batch_sampler=index_lists, collate_fn=_as_it_is, num_workers=workers,
         worker_init_fn=_ignore_signals, generator=torch.Generator(), pin_memory=False)
     for batch in loader:
         if isinstance(batch, ValueError):
@@ -480,7 +494,10 @@ def start_processes(device: str = "auto") -> torch.device:
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: this torch sees no CUDA device; use --device cpu")
     if device == "cuda":
-        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        local, found = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+        if local >= found:
+            raise ValueError(f"process {local} has no GPU: this machine has {found}; use --nproc_per_node={found}")
+        device = f"cuda:{local}"
         torch.cuda.set_device(device)
     if "RANK" in os.environ and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo")
@@ -516,9 +533,10 @@ class _Parser(argparse.ArgumentParser):
         raise ValueError(f"{message} (see python {os.path.basename(sys.argv[0])} --help)")
 
 
-def parse(config: type, argv: list[str] | None, description: str, positional: tuple[str, ...] = ()):
+def parse(config: type, argv: list[str] | None, description: str, positional: tuple[str, ...] = (), **defaults):
     """Fill the dataclass `config` from the command line: a flag for each field, with its type, default and help.
 
+    `defaults` stand in for those of the dataclass, for flags that are not given.
     Fields named in `positional` stand without a flag. An unknown flag is a ValueError that names the nearest one.
     """
     parser = _Parser(description=description, allow_abbrev=False,
@@ -534,6 +552,7 @@ def parse(config: type, argv: list[str] | None, description: str, positional: tu
         else:
             parser.add_argument(f"--{field.name}", type=type(field.default), default=field.default,
                                 metavar=None if choices else field.name.upper(), help=help.replace("%", "%%"), **choices)
+    parser.set_defaults(**defaults)
     argv = [_underscores(token) for token in (sys.argv[1:] if argv is None else argv)]
     values, unknown = parser.parse_known_args(argv)
     if unknown:
@@ -557,7 +576,7 @@ def run_cli(main) -> None:
     try:
         main()
     except (ValueError, OSError) as error:
-        where = f"rank {os.environ['RANK']}: " if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
+        where = f"rank {os.environ.get('RANK')}: " if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
         print(f"error: {where}{' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
 

@@ -510,7 +510,8 @@ def stored_moments(path: str) -> Moments | None:
         raise ValueError(f"{path}: not a readable npz ({error})") from error
 
 
-def image_moments(source: str, net: InceptionV3 | GlyphNet, num: int | None, batch: int, like: dict) -> Moments:
+def image_moments(source: str, net: InceptionV3 | GlyphNet, num: int | None, batch: int, like: dict,
+                  size: int | None = None) -> Moments:
     """Moments of an npz of statistics, or of `num` images (None: all) of what `data.dataset` reads.
 
     Those `num` are drawn once for all, since folders are sorted by class and glyphs repeat every ten. ValueError when
@@ -518,12 +519,12 @@ def image_moments(source: str, net: InceptionV3 | GlyphNet, num: int | None, bat
     `Moments.meta`.
     """
     stored = stored_moments(source) if source.endswith(".npz") and Path(source).is_file() else None
-    images = None if stored else data.dataset(source)
+    images = None if stored else data.dataset(source, size)
     meta = stored.meta if stored else dict(features=net.label, resize=net.resize, size=list(images.shape[1:]))
     for key in meta.keys() & like.keys():
         if meta[key] != like[key]:
             raise ValueError(f"{source} has {key} {meta[key]}, and is to be compared with {key} {like[key]}: "
-                             "make images of one size, and statistics again with --save_stats")
+                             "crop all images alike with --size, and make statistics again with --save_stats")
     found = stored.n if stored else len(images)
     if num is not None and (found is None or num > found or stored and num != found):
         raise ValueError(f"found {'an unknown number of' if found is None else f'{found:,}'} images in {source}, "
@@ -545,22 +546,23 @@ def image_moments(source: str, net: InceptionV3 | GlyphNet, num: int | None, bat
 
 
 def evaluate(generated: str, reference: str, features: str = "inception", weights: str = "torchvision",
-             num: int | None = None, batch: int = 64, device: str = "cpu", save_stats: str = "") -> dict:
+             num: int | None = None, batch: int = 64, device: str = "cpu", save_stats: str = "",
+             size: int | None = None) -> dict:
     """The distance of two image sets and its protocol, as a dict of plain values that starts with metric and value.
 
     generated, reference: what `data.dataset` reads, or an npz with mu and sigma. features: "inception", with `weights`
     as for `load_inception`, or "glyphs", which adds the `floor` of `real_glyphs` and the accuracy for 2 to 10 classes;
     then the reference "glyphs" means as many held-out real ones as are generated. num: exactly so many generated
-    images. save_stats: an npz for the statistics of `generated`; then reference may be "".
+    images. size: crop and scale all images to it. save_stats: an npz for the statistics of `generated`; then reference may be "".
     """
     if features not in ("inception", "glyphs"):
         raise ValueError(f"features {features!r}: expected inception or glyphs")
     net = (glyph_net() if features == "glyphs" else load_inception(weights)).to(device)
     ours, held_out, ref = dict(features=net.label, resize=net.resize), features == reference == "glyphs", None
     if reference and not held_out:
-        ref = image_moments(reference, net, None, batch, ours)  # first: a stored one that does not fit fails now
-    gen = image_moments(generated, net, num, batch, ours | (ref.meta if ref else {}))
-    if save_stats:
+        ref = image_moments(reference, net, None, batch, ours, size)  # first: a stored one that does not fit fails now
+    gen = image_moments(generated, net, num, batch, ours | (ref.meta if ref else {}), size)
+    if save_stats and data.rank() == 0:
         gen.save(save_stats)
     glyphs = {}
     if features == "glyphs" and reference:
@@ -592,6 +594,7 @@ class Config:
     features: str = data.option("inception", "whose features to compare", choices=("inception", "glyphs"))
     weights: str = data.option("torchvision", "of InceptionV3: torchvision, fid, or a file")
     num: int = data.option(0, "use exactly so many generated images, drawn once for all; 0: use all")
+    size: int = data.option(0, "crop and scale all images to this many pixels; 0 keeps them as they are")
     batch: int = data.option(64, "images at a time")
     device: str = data.option("auto", "where the network runs", choices=("auto", "cpu", "cuda"))
     json: bool = data.option(False, "print the result as one JSON object")
@@ -649,7 +652,7 @@ def main(argv: list[str] | None = None) -> None:
     else:
         device = data.start_processes(cfg.device)
         result = evaluate(cfg.generated, cfg.reference, cfg.features, cfg.weights, cfg.num or None, cfg.batch, device,
-                          cfg.save_stats)
+                          cfg.save_stats, cfg.size or None)
         text = "\n".join(f"{key:10} {value}" for key, value in result.items() if value is not None)
         if data.rank() == 0:
             print(json.dumps(result) if cfg.json else text)

@@ -2,7 +2,7 @@
 
     name  the network predicts  regression target  extra network calls  JVP  paper                         test
     fm    velocity v(x_t, t)    e - x              none                 no   arXiv:2210.02747, Eq. 23;     test_losses_fm_*
-                                                                             SiT arXiv:2401.08740, Eq. 5
+                                                                             SiT arXiv:2401.08740, Sec. 2
 
 Time runs from data (t = 0) to noise (t = 1): x_t = (1 - t) x + t e with e ~ N(0, I), and v = dx_t/dt = e - x.
 
@@ -22,6 +22,7 @@ Run alone, `python losses.py` trains each objective on a 1-D mixture whose veloc
 form: it prints the errors and draws the learned trajectories over the density in losses.png.
 """
 import dataclasses
+import math
 import typing
 
 import torch
@@ -48,7 +49,8 @@ def sample_times(draws: data.Draws, cfg) -> Tensor:
     u = draws.uniform("time")
     if cfg.time == "uniform":
         return u
-    return torch.sigmoid(cfg.time_mean + cfg.time_std * torch.special.ndtri(u.clamp_min(1e-7)))
+    n = math.sqrt(2) * torch.erfinv(2 * u.clamp(1e-6, 1 - 1e-6) - 1)
+    return torch.sigmoid(cfg.time_mean + cfg.time_std * n)
 
 
 def interpolate(x: Tensor, e: Tensor, t: Tensor) -> Tensor:
@@ -78,7 +80,10 @@ def drop_labels(net, y: Tensor, draws: data.Draws, cfg) -> Tensor:
 
 
 def fm(net, x: Tensor, y: Tensor, draws: data.Draws, cfg) -> tuple[Tensor, dict]:
-    """Flow matching: E |v_net(x_t, t, y) - (e - x)|^2   (arXiv:2210.02747, Eq. 23; SiT arXiv:2401.08740, Eq. 5)."""
+    """Flow matching: E |v_net(x_t, t, y) - (e - x)|^2   (arXiv:2210.02747, Eq. 23; SiT arXiv:2401.08740, Sec. 2).
+
+    paper: time runs from noise to data, with least noise sigma_min; here: from data to noise, with sigma_min = 0.
+    """
     t = sample_times(draws, cfg)
 
     e = draws.normal("noise", x.shape[1:])

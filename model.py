@@ -18,6 +18,7 @@ import contextlib
 import math
 import os
 import pickle
+import re
 import time
 
 import numpy as np
@@ -246,7 +247,11 @@ class DiT(nn.Module):
 
 
 def clean_velocity(x: Tensor, x_t: Tensor, t: Tensor, t_min: float) -> Tensor:
-    """v = (x_t - x) / max(t, t_min) of the clean image x (JiT, arXiv:2511.13720, Algorithm 1, in our time)."""
+    """v = (x_t - x) / max(t, t_min) of the clean image x (JiT, arXiv:2511.13720, Algorithm 1, in our time).
+
+    paper: t_min = 0.05; here the same by default, and 0.01 for glyph-S, because a sampler that steps through
+    t < t_min leaves a part of the noise in, which shows on even grounds.
+    """
     return (x_t - x) / t.clamp_min(t_min).view(-1, *[1] * (x.dim() - 1))
 
 
@@ -254,7 +259,7 @@ def vp_step(t: Tensor) -> Tensor:
     """DiT's (fractional) diffusion step n in 0..999 with noise-to-signal ratio t / (1 - t); betas linspace(1e-4, .02)."""
     alpha_bar = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
     log_ratio = 0.5 * np.log((1 - alpha_bar) / alpha_bar)
-    own = torch.log(t / (1 - t)).double().cpu().numpy()
+    own = torch.log(t / (1 - t)).cpu().double().numpy()
     return torch.from_numpy(np.interp(own, log_ratio, np.arange(1000.0))).to(t)
 
 
@@ -264,7 +269,8 @@ def vp_step(t: Tensor) -> Tensor:
 
 SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}        # width, depth, heads
 
-ZOO = {"glyph-S": dict(input_size=32, patch=8, channels=3, width=128, depth=4, heads=4, num_classes=10, predict="x")}
+ZOO = {"glyph-S": dict(input_size=32, patch=8, channels=3, width=128, depth=4, heads=4, num_classes=10, predict="x",
+                       t_min=0.01)}
 ZOO |= {f"SiT-{size}/{patch}": dict(patch=patch, width=width, depth=depth, heads=heads)
         for size, (width, depth, heads) in SIZES.items() for patch in (2, 4, 8)}
 
@@ -305,9 +311,9 @@ def read_checkpoint(path) -> dict:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(f"{path}: not a checkpoint of tensors and plain values, so it is not loaded "
-                         f"({str(error).splitlines()[0]})") from error
-    except (RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
-        raise ValueError(f"{path}: damaged or not a checkpoint ({str(error).splitlines()[0]})") from error
+                         f"({(str(error).splitlines() or ['unpickling failed'])[0]})") from error
+    except Exception as error:  # damage surfaces as RuntimeError, EOFError, KeyError, IndexError, struct.error, ...
+        raise ValueError(f"{path}: damaged or not a checkpoint ({type(error).__name__}); get or make it again") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: holds a {type(content).__name__}, expected a dict of weights")
     return content
@@ -322,14 +328,18 @@ def load(path, ema: bool = True, kind: str = "", heads: int = 0) -> DiT:
     """
     content = read_checkpoint(path)
     if "networks" in content:
-        config, weights = content["networks"]["G"]["config"], content["networks"]["G"]["weights"]
-        weights = content["ema"] if ema else weights
+        config = content["networks"]["G"]["config"]
+        weights = content["ema"] if ema else content["networks"]["G"]["weights"]
     else:
         weights = official_weights(content, path, ema)
         config = official_config(weights, path, kind, heads)
-        if config["predict"] == "v":
+        own_time = any("projectors." in k for part in (content, content.get("ema", {})) for k in part)
+        if config["predict"] == "v" and not own_time:  # REPA's files, known by their projectors, have our time already
             weights = reverse_time(weights)
-    net = DiT(**config)
+    try:
+        net = DiT(**config)
+    except TypeError as error:
+        raise ValueError(f"{path}: made by another version of triflow ({error})") from error
     load_weights(net, weights, path)
     return net.eval()
 
@@ -342,8 +352,9 @@ def load_weights(net: nn.Module, weights: dict, path) -> None:
     problems += [f"{k} is {tuple(weights[k].shape)}, the network has {tuple(own[k].shape)}"
                  for k in own if k in weights and weights[k].shape != own[k].shape]
     if problems:
-        raise ValueError(f"{path}: weights of another network: {'; '.join(problems[:3])}"
-                         + (f"; and {len(problems) - 3} more" if len(problems) > 3 else ""))
+        more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise ValueError(f"{path}: weights of another network: {'; '.join(problems[:3])}{more}. Give the --model, --size "
+                         f"and data that it was trained with")
     net.load_state_dict(weights)
 
 
@@ -368,19 +379,20 @@ def official_weights(content: dict, path, ema: bool = True) -> dict:
 def official_config(weights: dict, path, kind: str = "", heads: int = 0) -> dict:
     """The arguments of DiT that fit these tensors."""
     name = os.path.basename(path).lower()
-    kind = kind or next((k for k in ("dit", "sit") if k in name), "")
-    if kind not in ("dit", "sit"):
-        raise ValueError(f"{path}: DiT and SiT files look alike, and this name tells neither; give kind='dit' or 'sit'")
+    told = {kind} if kind else set(re.findall(r"(?<![a-z])(dit|sit)(?![a-z])", name))
+    if told not in ({"dit"}, {"sit"}):
+        raise ValueError(f"{path}: DiT and SiT files look alike; rename it so that its name has DiT or SiT in it, such as "
+                         f"SiT-{name}, or give model.load kind='dit' or 'sit'")
     width, channels, patch, _ = weights["x_embedder.proj.weight"].shape
     if not heads and width not in HEADS:
-        raise ValueError(f"{path}: a file does not tell its number of heads, and width {width} is not in the zoo; "
-                         f"give heads=")
+        raise ValueError(f"{path}: a file does not tell its number of heads, and width {width} is not one of DiT's "
+                         f"({', '.join(map(str, HEADS))}); give model.load heads=")
     out_channels = len(weights["final_layer.linear.weight"]) // patch ** 2
     return dict(input_size=math.isqrt(weights["pos_embed"].shape[1]) * patch, patch=patch, channels=channels,
                 width=width, depth=1 + max(int(k.split(".")[1]) for k in weights if k.startswith("blocks.")),
                 heads=heads or HEADS[width], mlp_ratio=len(weights["blocks.0.mlp.fc1.weight"]) / width,
                 num_classes=len(weights["y_embedder.embedding_table.weight"]) - 1, null_class=True,
-                learn_sigma=out_channels == 2 * channels, predict="eps" if kind == "dit" else "v")
+                learn_sigma=out_channels == 2 * channels, predict="eps" if told == {"dit"} else "v")
 
 
 def reverse_time(weights: dict) -> dict:

@@ -105,11 +105,12 @@ def sde(velocity: typing.Callable, x: Tensor, y: Tensor, times: list[float], dra
 
         x <- x - h (v - w s) + sqrt(2 w h) n,   score s = -(x + (1 - t) v) / t,
 
-    and the last step, from t = 0.04, without its noise (SiT, arXiv:2401.08740, Eq. 5 and Sec. 3.5). In the paper's
-    symbols w_t = 2 w. `times` gives the grid's form: it is laid over [0.04, 1].
+    and the last step, from t = 0.04, without its noise (SiT, arXiv:2401.08740, Sec. 2; in the paper's symbols
+    w_t = 2 w). All steps but the last are laid over [0.04, 1], in the form of the grid `times`.
     """
-    last = 0.04
-    times = [last + (1 - last) * t for t in times[:-2]] + [last, 0.0] if len(times) > 2 else times
+    last, n = 0.04, len(times) - 1
+    where = np.linspace(0, n, n)  # n - 1 steps where the grid has n
+    times = [*(last + (1 - last) * np.interp(where, range(n + 1), times)).tolist(), 0.0]
     for k, (t, r) in enumerate(zip(times, times[1:])):
         h = t - r
         v = velocity(x, t, y)
@@ -217,8 +218,8 @@ def main(argv: list[str] | None = None) -> None:
     cfg = data.parse(Config, argv, __doc__, ("checkpoint",))
     if not cfg.checkpoint:
         raise ValueError("which checkpoint? python sample.py runs/glyphs (python sample.py --help lists the options)")
-    if cfg.n < 1:
-        raise ValueError(f"--n {cfg.n}: expected at least one sample")
+    if cfg.n < 1 or cfg.batch < 1:
+        raise ValueError(f"--n {cfg.n} --batch {cfg.batch}: expected at least 1")
     device = data.start_processes(cfg.device)
     net = model.load(find_checkpoint(cfg.checkpoint), ema=cfg.ema).to(device).eval()
     reference = model.load(find_checkpoint(cfg.reference), ema=cfg.ema).to(device).eval() if cfg.reference else None
@@ -246,6 +247,9 @@ def write_samples(generated, labels: Tensor, shape: tuple, out: Path, columns: i
     (out if folder else out.parent).mkdir(parents=True, exist_ok=True)
     digits = len(str(n - 1))
     if folder:
+        if any(out.glob("*.png")):
+            raise ValueError(f"--out {out}: this folder holds pictures already; name a new one")
+        data.barrier()
         for indices, images in generated:
             for i, image in zip(indices, images.permute(0, 2, 3, 1).numpy()):
                 Image.fromarray(image).save(out / f"{i:0{digits}d}_class{int(labels[i])}.png")
@@ -256,17 +260,19 @@ def write_samples(generated, labels: Tensor, shape: tuple, out: Path, columns: i
     if data.rank() == 0:
         np.lib.format.open_memmap(scratch, "w+", np.uint8, (n, *shape[1:], shape[0])).flush()
     data.barrier()
-    rows = np.load(scratch, mmap_mode="r+")
-    for indices, images in generated:
-        rows[place[indices].numpy()] = images.permute(0, 2, 3, 1).numpy()
-    rows.flush()
-    data.barrier()
-    if data.rank() == 0:
-        if out.suffix == ".npz":
+    try:
+        rows = np.load(scratch, mmap_mode="r+")
+        for indices, images in generated:
+            rows[place[indices].numpy()] = images.permute(0, 2, 3, 1).numpy()
+        rows.flush()
+        data.barrier()
+        if data.rank() == 0 and out.suffix == ".npz":
             np.savez(out, arr_0=rows, arr_1=labels[torch.argsort(place)].numpy())
-        else:
+        elif data.rank() == 0:
             data.grid(torch.from_numpy(np.array(rows)).permute(0, 3, 1, 2), columns).save(out)
-        os.remove(scratch)
+    finally:
+        if data.rank() == 0:
+            os.remove(scratch)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import io
 import json
 import math
 import os
+import pickle
 import re
 import signal
 import struct
@@ -217,6 +218,10 @@ def test_data_image_folders(tmp_path):
     assert all(x.shape == (3, 16, 16) and x.dtype == torch.uint8 for x, _ in items.values())
     assert (items["a/deep.png"][0] == 127).all() and (items["a/sub/clear.png"][0] == 255).all()
     assert items["b/palette.gif"][0][0].min() > 250 and items["b/palette.gif"][0][1].max() < 5
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links/a").symlink_to(tmp_path / "a")  # how subsets of ImageNet are often laid out
+    assert len(data.dataset(str(tmp_path / "links"), 16)) == 3
+    assert pickle.loads(pickle.dumps(ds)).item(1)[1] == 0 and pickle.dumps(data._as_it_is)  # for spawned workers
     flat = data.dataset(str(tmp_path / "b"), 16)
     assert flat.num_classes == 1 and len(flat) == 2
     sideways = Image.new("RGB", (40, 20), "red")
@@ -295,12 +300,26 @@ def test_data_errors_name_the_file_and_the_fix(tmp_path):
         assert "labels" in error_of(data.dataset, str(tmp_path / "labels.npz"))
     (tmp_path / "cut.npz").write_bytes((tmp_path / "float.npz").read_bytes()[:100])
     assert "cut.npz" in error_of(data.dataset, str(tmp_path / "cut.npz"))
+    (tmp_path / "text.npz").write_text("hello")
+    np.savez(tmp_path / "objects.npz", images=np.array([{}, {}]))
+    np.savez(tmp_path / "none.npz", images=np.zeros((0, 8, 8, 3), np.uint8))
+    np.savez(tmp_path / "other.npz", mu=np.zeros(3))
+    for name in ("text", "objects", "none", "other"):
+        assert f"{name}.npz" in error_of(data.dataset, str(tmp_path / f"{name}.npz"))
     (tmp_path / "broken.zip").write_bytes(b"PK nothing")
     assert "broken.zip" in error_of(data.dataset, str(tmp_path / "broken.zip"))
+    with zipfile.ZipFile(tmp_path / "list.zip", "w") as archive:
+        archive.writestr("a.png", b"")
+        archive.writestr("dataset.json", "[1, 2]")
+    assert "dataset.json" in error_of(data.dataset, str(tmp_path / "list.zip"))
     (tmp_path / "x.bin").write_bytes(bytes(3000))
     assert "3073" in error_of(data.dataset, str(tmp_path / "x.bin"))
     (tmp_path / "t-images-idx3-ubyte").write_bytes(bytes(100))
     assert "labels" in error_of(data.dataset, str(tmp_path / "t-images-idx3-ubyte"))
+    for content in (bytes(3), bytes(100)):
+        (tmp_path / "t-labels-idx1-ubyte").write_bytes(content)
+        (tmp_path / "t-images-idx3-ubyte").write_bytes(content)
+        assert "cut short" in error_of(data.dataset, str(tmp_path / "t-images-idx3-ubyte"))
     (tmp_path / "mixed").mkdir()
     (tmp_path / "mixed/a").mkdir()
     picture().save(tmp_path / "mixed/x.png")
@@ -528,6 +547,11 @@ def test_model_load_round_trips(tmp_path):
         assert loaded.config == net.config | dict(predict="eps") and not loaded.training
         assert same(dict(loaded.state_dict()), dict(plain)), name
         assert torch.isfinite(loaded(x, t, y)).all()
+    for name, sign in (("edition-sit-xl", -1), ("sit-repa", 1)):  # REPA's SiT has our time; its projectors tell
+        extra = {"projectors.0.weight": torch.zeros(3)} if sign == 1 else {}
+        torch.save({"ema": plain | extra}, tmp_path / f"{name}.pt")
+        raw = net.raw(x, t if sign == 1 else 1 - t, y)[:, :4]
+        assert torch.allclose(model.load(tmp_path / f"{name}.pt", heads=4)(x, t, y), sign * raw, atol=1e-5), name
     ours = tiny(predict="x")
     torch.save({"networks": {"G": {"config": ours.config, "weights": ours.state_dict()}},
                 "ema": {k: v + 1 for k, v in ours.state_dict().items()}}, tmp_path / "ours.pt")
@@ -548,8 +572,11 @@ def test_model_load_explains_and_executes_nothing(tmp_path):
     assert "heads=" in error_of(model.load, tmp_path / "tiny.pt", kind="dit")
     (tmp_path / "cut.pt").write_bytes((tmp_path / "tiny.pt").read_bytes()[:5000])
     assert "damaged" in error_of(model.load, tmp_path / "cut.pt")
-    (tmp_path / "text.pt").write_text("hello")
-    error_of(model.load, tmp_path / "text.pt")
+    for content in (b"", b"hello", bytes(1000), (tmp_path / "tiny.pt").read_bytes()[:-30]):
+        (tmp_path / "text.pt").write_bytes(content)
+        assert "text.pt" in error_of(model.load, tmp_path / "text.pt")
+    torch.save({"networks": {"G": {"config": {"colour": 1}, "weights": {}}}, "ema": {}}, tmp_path / "later.pt")
+    assert "another version" in error_of(model.load, tmp_path / "later.pt")
     torch.save({"a.weight": torch.zeros(2)}, tmp_path / "dit-other.pt")
     assert "pos_embed is missing" in error_of(model.load, tmp_path / "dit-other.pt")
     torch.save({"model": {"net.x_embedder.proj1.weight": torch.zeros(2)}}, tmp_path / "jit.pt")
@@ -715,13 +742,17 @@ def test_sample_sde_keeps_the_marginals():
     gaussian = losses.Mixture(torch.zeros(1, 1).double(), torch.tensor([s]).double(), torch.ones(1).double())
     e = quantile_noise(n)[torch.randperm(n, generator=data.generator("sde"))]
     x = sample.sample(ExactNet(gaussian), e, torch.zeros(n).long(), steps, "sde", draws=losses.BatchDraws(0, 0, n))
-    variance, times = 1.0, [.04 + .96 * (1 - k / steps) for k in range(steps - 1)] + [.04, 0]
+    variance, times = 1.0, [*np.linspace(1, .04, steps), 0]
     for t, r in zip(times, times[1:]):
         h, total = t - r, (1 - t) ** 2 * s * s + t * t
         slope = (t - (1 - t) * s * s) / total + t / total                    # v - w s = slope x with w = t
         variance = (1 - h * slope) ** 2 * variance + (2 * t * h if r > 0 else 0)
     assert abs(x.var().item() / variance - 1) < 0.03, (x.var(), variance)
     assert abs(variance ** .5 - s) < 0.02
+    asked = []
+    sample.sde(lambda x, t, y: asked.append(t) or x, e[:2], None, sample.time_grid(10), losses.BatchDraws(0, 0, 2))
+    assert np.allclose(asked, np.linspace(1, .04, 10))
+    sample.sde(lambda x, t, y: asked.append(t) or x, e[:2], None, sample.time_grid(1), losses.BatchDraws(0, 0, 2))
 
 
 def test_sample_guidance():
@@ -805,11 +836,23 @@ def test_sample_command_writes_grid_npz_and_folder(tmp_path):
     for k in range(10):
         mine = sorted(np.asarray(Image.open(f)).tobytes() for f in files if f.stem.endswith(f"class{k}"))
         assert mine == by_label[k]
+    assert "pictures already" in error_of(sample.main, [str(f) for f in flags[1:]] + ["--out", str(tmp_path / "folder")])
     assert not list(tmp_path.glob("*.tmp.npy"))
+
+
+def test_sample_diverged_images_leave_no_file(tmp_path):
+    """Non-finite samples stop with the count, and no scratch file or half-written output stays behind."""
+    net, labels = tiny(predict="x"), sample.labels_for(4, 10)
+    net.final_layer.linear.bias.data.fill_(float("nan"))
+    for name in ("x.png", "x.npz"):
+        made = sample.generate(net, labels, 0, steps=1)
+        assert "4 of 4" in error_of(sample.write_samples, made, labels, net.shape, tmp_path / name)
+    assert not list(tmp_path.iterdir())
 
 
 def test_sample_command_errors(tmp_path):
     path = str(save_tiny(tmp_path / "net.pt"))
+    assert "at least 1" in error_of(sample.main, [path, "--n", "0", "--device", "cpu"])
     assert "which checkpoint" in error_of(sample.main, [])
     assert "no such checkpoint" in error_of(sample.main, [str(tmp_path)])
     assert "knows the classes 0 .. 9" in error_of(sample.main, [path, "--classes", "12", "--device", "cpu"])
@@ -1276,10 +1319,12 @@ def test_train_sigterm_saves_and_resumes_bitwise(tmp_path):
         step = checkpoint(out)["step"]
         assert step < 100000
         settings = dict(batch=8, warmup=100, sample_every=0, score=0, steps=step + 3, decay="constant")
+        train.train(tiny_run(out, resume=True, **settings))
+        train.train(tiny_run(tmp_path / f"whole{processes}", **settings))
         if processes == 1:
-            train.train(tiny_run(out, resume=True, **settings))
-            train.train(tiny_run(tmp_path / "whole", **settings))
-            assert_same_state(out, tmp_path / "whole")
+            assert_same_state(out, tmp_path / "whole1")
+        for a, b in zip(checkpoint(out)["ema"].values(), checkpoint(tmp_path / f"whole{processes}")["ema"].values()):
+            assert (a - b).abs().max() < 1e-3  # float32: two processes add in another order
 
 
 TWO_PROCESSES = """
@@ -1375,12 +1420,18 @@ def test_train_init_and_other_data(tmp_path):
     for i in range(4):
         (tmp_path / f"set/{i % 2}").mkdir(parents=True, exist_ok=True)
         picture((20, 24), ("red", "blue")[i % 2]).save(tmp_path / f"set/{i % 2}/{i}.png")
-    cfg = tiny_run(tmp_path / "c", data=str(tmp_path / "set"), size=16, predict="v", steps=2, workers=1, amp="bf16",
+    cfg = tiny_run(tmp_path / "c", data=str(tmp_path / "set"), size=16, predict="v", steps=2, amp="bf16",
                    time="uniform", score=100)
     assert "scores" not in train.train(cfg)
     assert checkpoint(tmp_path / "c")["networks"]["G"]["config"]["num_classes"] == 2
-    message = error_of(train.train, tiny_run(tmp_path / "d", init=str(tmp_path / "c")))
-    assert "weights of another network" in message and not (tmp_path / "d" / "last.pt").exists()
+    for options, words in ((dict(predict="v"), "another network"), (dict(), "--predict v")):
+        message = error_of(train.train, tiny_run(tmp_path / "d", init=str(tmp_path / "c"), **options))
+        assert words in message and not (tmp_path / "d" / "last.pt").exists()
+    cfg = tiny_run(tmp_path / "e", data=str(tmp_path / "set"), init=str(tmp_path / "a"), steps=1, lr=0.0)
+    train.train(cfg)  # two classes instead of ten: the label table starts afresh, the rest is taken over
+    e = checkpoint(tmp_path / "e")["networks"]["G"]["weights"]
+    assert len(e["y_embedder.embedding_table.weight"]) == 3
+    assert torch.equal(e["blocks.0.attn.qkv.weight"], a["ema"]["blocks.0.attn.qkv.weight"])
 
 
 def test_train_refuses_and_loses_nothing(tmp_path):
@@ -1388,12 +1439,15 @@ def test_train_refuses_and_loses_nothing(tmp_path):
     line each, and the old checkpoint stays as it is."""
     out = tmp_path / "run"
     assert "multiple of 3" in error_of(train.train, tiny_run(out, accumulation=3))
+    assert "at least 1" in error_of(train.train, tiny_run(out, log_every=0))
+    assert "held out" in error_of(train.train, tiny_run(out, data="glyphs:1"))
     assert "to go on with" in error_of(train.train, tiny_run(out, resume=True))
     train.train(tiny_run(out, steps=2))
     before = (out / "last.pt").read_bytes()
     assert "--resume" in error_of(train.train, tiny_run(out))
     assert "--init" in error_of(train.train, tiny_run(out, resume=True, model="SiT-S/8"))
     assert "--predict" in error_of(train.train, tiny_run(out, resume=True, predict="v"))
+    assert "beyond --steps 1" in error_of(train.train, tiny_run(out, resume=True, steps=1))
     assert (out / "last.pt").read_bytes() == before
     (out / "last.pt").write_bytes(before[: len(before) // 2])
     assert "damaged" in error_of(train.train, tiny_run(out, resume=True))
@@ -1401,6 +1455,10 @@ def test_train_refuses_and_loses_nothing(tmp_path):
     (out / "last.pt.tmp").write_bytes(before[:100])  # what a process killed while saving leaves behind
     train.train(tiny_run(out, steps=3, resume=True))
     assert checkpoint(out)["step"] == 3
+    train.main(["--resume", "--out", str(out), "--steps", "4", "--beta2", "0.9"])  # the other flags are the run's own
+    again = checkpoint(out)
+    assert again["step"] == 4 and again["config"]["batch"] == 8 and again["config"]["data"] == str(SMALL_SET)
+    assert again["networks"]["G"]["optimizer"]["param_groups"][0]["betas"] == (0.9, 0.9)
 
 
 def test_train_full_disk_keeps_the_old_checkpoint(tmp_path):

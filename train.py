@@ -48,11 +48,11 @@ class Config:
     size: int = option(32, "images are cropped and scaled to this many pixels")
     mirror: str = option("auto", "flip images left-right at random; auto: photographs, not digits",
                               ("auto", "on", "off"))
-    workers: int = option(0, "processes that decode image files")
-    steps: int = option(2500, "optimizer steps of the whole run")
-    batch: int = option(64, "global batch: images of one step, over all processes and accumulation")
+    workers: int = option(-1, "processes that decode image files; -1: up to 4 for files, none for arrays")
+    steps: int = option(4000, "optimizer steps of the whole run")
+    batch: int = option(32, "global batch: images of one step, over all processes and accumulation")
     accumulation: int = option(1, "micro-batches each process adds up for a step")
-    lr: float = option(2e-3, "AdamW learning rate")
+    lr: float = option(4e-3, "AdamW learning rate")
     warmup: int = option(100, "steps of linear warm-up")
     decay: str = option("linear", "learning rate after warm-up: constant, or linear to 0", ("linear", "constant"))
     beta2: float = option(0.999, "AdamW's second beta")
@@ -60,8 +60,8 @@ class Config:
     clip: float = option(1.0, "largest gradient norm; 0 does not clip")
     ema: float = option(0.995, "decay of the averaged weights, smaller in the first steps")
     time: str = option("logit_normal", "distribution of the training time", ("uniform", "logit_normal"))
-    time_mean: float = option(0.0, "logit-normal: mean of logit(t); larger trains more on noise (0.8, 0.8: JiT)")
-    time_std: float = option(1.0, "logit-normal: standard deviation of logit(t)")
+    time_mean: float = option(0.8, "logit-normal: mean of logit(t); larger trains more on noise (0.8, 0.8: JiT)")
+    time_std: float = option(0.8, "logit-normal: standard deviation of logit(t)")
     label_drop: float = option(0.1, "share of labels replaced by the null label, for guidance")
     seed: int = option(0, "everything random follows from it")
     device: str = option("auto", "where to run", ("auto", "cpu", "cuda", "mps"))
@@ -70,9 +70,9 @@ class Config:
     out: str = option("runs/glyphs", "the run folder")
     init: str = option("", "start from the weights of this checkpoint or run folder")
     resume: bool = option(False, "go on with the run in --out")
-    log_every: int = option(50, "steps between lines of log.jsonl")
-    sample_every: int = option(500, "steps between sample grids; 0: only at the end")
-    save_every: int = option(500, "steps between checkpoints")
+    log_every: int = option(100, "steps between lines of log.jsonl")
+    sample_every: int = option(1000, "steps between sample grids; 0: only at the end")
+    save_every: int = option(1000, "steps between checkpoints")
     score: int = option(1000, "samples scored at the end (glyphs only); 0: none")
     sample_steps: int = option(25, "solver steps of grids and scores")
     solver: str = option("ab2", "solver of grids and scores", tuple(sample.SOLVERS))
@@ -118,6 +118,21 @@ def positions_from(step: int, cfg: Config):
             yield list(range(start, start + size))
 
 
+def check(cfg: Config) -> None:
+    """ValueError for settings that cannot work, before anything is written."""
+    micro_batch(cfg)
+    for name in ("steps", "log_every", "save_every", "sample_steps"):
+        if getattr(cfg, name) < 1:
+            raise ValueError(f"--{name} {getattr(cfg, name)}: expected at least 1")
+    if cfg.data in ("glyphs:1", "glyphs:2", "glyphs:3"):
+        raise ValueError(f"--data {cfg.data}: these images are held out to score with; train on glyphs, or glyphs:4 and on")
+
+
+def scored(cfg: Config) -> bool:
+    """Whether samples of this run are scored: FD-glyphs needs glyphs."""
+    return cfg.score > 0 and cfg.data.split(":")[0] == "glyphs"
+
+
 def learning_rate(step: int, cfg: Config) -> float:
     """Linear warm-up, then constant or linear decay to 0 at the last step."""
     warm = min(1.0, (step + 1) / max(1, cfg.warmup))
@@ -132,7 +147,7 @@ def update_ema(ema: nn.Module, net: nn.Module, step: int, decay: float) -> None:
 
 
 class StopSignal:
-    """SIGTERM or Ctrl-C asks to finish the step, save and leave; another one more than 2 seconds later ends at once.
+    """SIGTERM or Ctrl-C asks to finish the step, save and leave; another Ctrl-C 2 seconds later ends at once.
 
     (torchrun passes a Ctrl-C on to processes that the terminal has told already: two signals for one key.)
     """
@@ -148,10 +163,10 @@ class StopSignal:
         for s, handler in self.before.items():
             signal.signal(s, handler)
 
-    def note(self, _number, _frame):
+    def note(self, number, _frame):
         now = time.monotonic()
         self.asked = self.asked or now
-        if now > self.asked + 2:
+        if number == signal.SIGINT and now > self.asked + 2:
             raise KeyboardInterrupt
 
     def on_any_process(self) -> bool:
@@ -167,9 +182,9 @@ class StopSignal:
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def save_checkpoint(path: Path, step: int, cfg: Config, nets: dict, opts: dict, ema: nn.Module) -> None:
+def save_checkpoint(path: Path, step: int, seconds: float, cfg: Config, nets: dict, opts: dict, ema: nn.Module) -> None:
     """Write everything a resumed run needs, to a temporary file that then takes the place of the old checkpoint."""
-    content = {"step": step, "config": dataclasses.asdict(cfg), "ema": ema.state_dict(),
+    content = {"step": step, "seconds": seconds, "config": dataclasses.asdict(cfg), "ema": ema.state_dict(),
                "networks": {role: {"config": net.config, "weights": net.state_dict(),
                                    "optimizer": opts[role].state_dict()} for role, net in nets.items()}}
     unfinished = path.with_name(path.name + ".tmp")
@@ -182,8 +197,8 @@ def save_checkpoint(path: Path, step: int, cfg: Config, nets: dict, opts: dict, 
                       f"free disk space, then --resume; the checkpoint before it is untouched") from error
 
 
-def resume(path: Path, cfg: Config, nets: dict, opts: dict, ema: nn.Module) -> int:
-    """Load a checkpoint of this run into networks, optimizers and EMA; returns the step to go on with."""
+def resume(path: Path, cfg: Config, nets: dict, opts: dict, ema: nn.Module) -> tuple[int, float]:
+    """Load a checkpoint of this run into networks, optimizers and EMA; returns its step and the seconds spent so far."""
     content = model.read_checkpoint(path)
     if "networks" not in content:
         raise ValueError(f"{path}: not a checkpoint of train.py; to start from its weights use --init")
@@ -193,12 +208,16 @@ def resume(path: Path, cfg: Config, nets: dict, opts: dict, ema: nn.Module) -> i
             if name in ("loss", "model", "predict", "data", "size"):
                 raise ValueError(f"{path}: was trained with --{name} {old}, not {new}: resume with --{name} {old}, or "
                                  f"start a new run from its weights with --init {path} --out FOLDER")
-            tqdm.write(f"resuming with --{name} {new} (was {old})") if data.rank() == 0 else None
+            fid.note(f"resuming with --{name} {new} (was {old})")
     for role, saved in content["networks"].items():
         model.load_weights(nets[role], saved["weights"], path)
         opts[role].load_state_dict(saved["optimizer"])
+        for group in opts[role].param_groups:  # these came back with the state, and may have been changed on purpose
+            group.update(betas=(0.9, cfg.beta2), weight_decay=cfg.weight_decay)
     model.load_weights(ema, content["ema"], path)
-    return content["step"]
+    if content["step"] > cfg.steps:
+        raise ValueError(f"{path}: is at step {content['step']} already, beyond --steps {cfg.steps}; give more")
+    return content["step"], content["seconds"]
 
 
 def read_log(path: Path) -> list[dict]:
@@ -252,9 +271,9 @@ class Log:
 def check_finite(step: int, role: str, values: dict) -> None:
     for name, value in values.items():
         if not math.isfinite(value):
-            raise FloatingPointError(f"step {step}, network {role}: {name} is {value}. Stopped; the last checkpoint is "
-                                     f"older and sound. Try a lower --lr, a longer --warmup or a smaller --clip, then "
-                                     f"--resume")
+            raise FloatingPointError(f"step {step}, network {role}: {name} is {value}. Stopped; a last.pt in the run "
+                                     f"folder is older and sound. Try a lower --lr, a longer --warmup or a smaller "
+                                     f"--clip, with --resume")
 
 
 def draw_loss(log: Path, picture: Path) -> None:
@@ -262,14 +281,14 @@ def draw_loss(log: Path, picture: Path) -> None:
     rows = [row for row in read_log(log) if row["loss"] > 0]
     if len(rows) < 2:
         return
-    w, h, left, low = 640, 360, 56, 28
+    w, h, left, low = 660, 360, 56, 28
     steps, values = [row["step"] for row in rows], [math.log10(row["loss"]) for row in rows]
     bottom, top = min(values), max(max(values), min(values) + 1e-3)
     sheet = Image.new("RGB", (w, h), "white")
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=12)
 
     def at(step, value):
-        return (left + (w - left - 12) * step / max(steps),
+        return (left + (w - left - 24) * step / max(steps),
                 12 + (h - low - 24) * (top - value) / (top - bottom))
 
     for k in range(5):
@@ -284,12 +303,14 @@ def draw_loss(log: Path, picture: Path) -> None:
     sheet.save(picture)
 
 
-def write_grid(ema: nn.Module, cfg: Config, path: Path, n: int = 40) -> None:
-    """A guided sample grid, one column for each of up to ten classes, always from the same noise."""
-    labels = sample.labels_for(n, ema.num_classes, list(range(min(10, ema.num_classes))))
-    made = sample.generate(ema, labels, cfg.seed, n, steps=cfg.sample_steps, solver=cfg.solver,
+def write_grid(ema: nn.Module, cfg: Config, path: Path, rows: int = 4) -> None:
+    """A guided sample grid, one column for each of up to ten classes (ten columns of one), always from the same noise."""
+    shown = min(10, ema.num_classes)
+    columns = shown if shown > 1 else 10
+    labels = sample.labels_for(rows * columns, ema.num_classes, list(range(shown)))
+    made = sample.generate(ema, labels, cfg.seed, len(labels), steps=cfg.sample_steps, solver=cfg.solver,
                            guidance=cfg.guidance if ema.null_class else 1.0)
-    sample.write_samples(made, labels, ema.shape, path, columns=10)
+    sample.write_samples(made, labels, ema.shape, path, columns)
 
 
 def score(ema: nn.Module, cfg: Config) -> dict:
@@ -302,7 +323,8 @@ def score(ema: nn.Module, cfg: Config) -> dict:
         images = torch.cat([images for _, images in made]) if made else torch.empty(0, *ema.shape, dtype=torch.uint8)
         indices = [i for indices, _ in made for i in indices]
         results[name] = fid.score_glyphs(images, labels[indices])
-        results[name]["protocol"] = f"{sample.describe(**options)}, EMA weights, labels in turn, seed {cfg.seed + 1}"
+        results[name]["protocol"] = (f"{sample.describe(**options)}, EMA weights, labels in turn, seed {cfg.seed + 1}, "
+                                     f"network in {'bfloat16' if ema.amp else 'float32'}")
     return results
 
 
@@ -318,10 +340,18 @@ def build(cfg: Config, source, device: torch.device) -> model.DiT:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(data.fold(cfg.seed, "weights"))
         net = model.create(cfg.model, **options)
-    if cfg.init:
+    if cfg.init and not cfg.resume:
         path = sample.find_checkpoint(cfg.init)
         given = model.load(path)
-        model.load_weights(net, given.state_dict(), path)
+        if given.predict != net.predict:
+            raise ValueError(f"--init {path}: predicts {given.predict}, this run {net.predict}: give --predict {given.predict}"
+                             f", or a --model that predicts it")
+        weights, table = given.state_dict(), "y_embedder.embedding_table.weight"
+        if given.num_classes != net.num_classes:
+            fid.note(f"--init: {path} knows {given.num_classes} classes, the data has {net.num_classes}: "
+                     f"the label embedding starts afresh")
+            weights[table] = net.state_dict()[table]
+        model.load_weights(net, weights, path)
     use_amp = cfg.amp == "bf16" or (cfg.amp == "auto" and device.type == "cuda")
     net.amp = torch.bfloat16 if use_amp else None
     return net.to(device)
@@ -331,7 +361,7 @@ def train(cfg: Config) -> dict:
     """Run the whole training; returns what final.json holds, or {} when a signal stopped it early."""
     device = data.start_processes(cfg.device)
     out = Path(cfg.out)
-    micro_batch(cfg)
+    check(cfg)
     if cfg.resume and not (out / "last.pt").exists():
         raise FileNotFoundError(f"--resume: there is no {out / 'last.pt'} to go on with")
     if (out / "last.pt").exists() and not cfg.resume:
@@ -348,7 +378,9 @@ def train(cfg: Config) -> dict:
     opts = {role: torch.optim.AdamW((p for p in net.parameters() if p.requires_grad), cfg.lr, (0.9, cfg.beta2),
                                     weight_decay=cfg.weight_decay, fused=device.type != "mps")
             for role, net in nets.items()}
-    start = resume(out / "last.pt", cfg, nets, opts, ema) if cfg.resume else 0
+    start, before = resume(out / "last.pt", cfg, nets, opts, ema) if cfg.resume else (0, 0.0)
+    if scored(cfg):
+        fid.glyph_net()  # trained now rather than after the run, should anything be wrong with its place
     turns = {role: Loss(getattr(objective, role), torch.compile(net) if cfg.compile else net, cfg)
              for role, net in nets.items()}
     if dist.is_initialized():
@@ -359,8 +391,9 @@ def train(cfg: Config) -> dict:
         print(f"{cfg.loss} of {cfg.model} ({parameters:.2f}M parameters) on {cfg.data}: {len(source):,} images "
               f"{source.shape}, {source.num_classes} classes, on {device} x {data.world()}; run folder {out}")
 
-    log, line, stopped, began = Log(out / "log.jsonl", start), {}, False, time.perf_counter()
-    stream = data.stream(source, positions_from(start, cfg), cfg.seed, mirror, cfg.workers)
+    workers = cfg.workers if cfg.workers >= 0 else min(4, os.cpu_count()) if isinstance(source, data.Files) else 0
+    stream = data.stream(source, positions_from(start, cfg), cfg.seed, mirror, workers)
+    log, line, stopped, began = Log(out / "log.jsonl", start), {}, False, time.perf_counter() - before
     with StopSignal() as stop, \
          tqdm(total=cfg.steps, initial=start, desc="training", disable=data.rank() > 0) as bar:
         for step in range(start, cfg.steps):
@@ -394,7 +427,7 @@ def train(cfg: Config) -> dict:
                 bar.set_postfix(loss=f"{line['loss']:.4f}", img_s=f"{line['images_per_second']:.0f}", refresh=False)
             bar.update()
             if save and data.rank() == 0:
-                save_checkpoint(out / "last.pt", done, cfg, nets, opts, ema)
+                save_checkpoint(out / "last.pt", done, time.perf_counter() - began, cfg, nets, opts, ema)
                 draw_loss(out / "log.jsonl", out / "loss.png")
             if show and not stopped:
                 write_grid(ema, cfg, out / "samples" / f"{done:07d}.png")
@@ -405,14 +438,14 @@ def train(cfg: Config) -> dict:
         if data.rank() == 0:
             print(f"stopped by a signal after step {done}; saved {out / 'last.pt'}. Go on with --resume")
         return {}
-    return finish(ema, cfg, source, out, time.perf_counter() - began)
+    return finish(ema, cfg, out, time.perf_counter() - began)
 
 
-def finish(ema: nn.Module, cfg: Config, source, out: Path, seconds: float) -> dict:
+def finish(ema: nn.Module, cfg: Config, out: Path, seconds: float) -> dict:
     """The last grid, and final.json with the scores."""
     write_grid(ema, cfg, out / "samples" / "final.png")
     result = {"steps": cfg.steps, "images_seen": cfg.steps * cfg.batch, "training_seconds": round(seconds, 1)}
-    if cfg.score and cfg.data.split(":")[0] == "glyphs" and cfg.size == 32:
+    if scored(cfg):
         result["scores"] = score(ema, cfg)
     if data.rank() == 0:
         (out / "final.json").write_text(json.dumps(result, indent=2) + "\n")
@@ -482,10 +515,15 @@ def main(argv: list[str] | None = None) -> None:
     cfg = data.parse(Config, argv, __doc__)
     if cfg.benchmark:
         return benchmark(cfg)
+    if cfg.resume and (Path(cfg.out) / "last.pt").exists():  # go on as the run was; flags given now have the last word
+        was = model.read_checkpoint(Path(cfg.out) / "last.pt").get("config", {})
+        cfg = data.parse(Config, argv, __doc__, **{k: v for k, v in was.items() if hasattr(cfg, k) and k not in ("out", "resume")})
     try:
         train(cfg)
     except FloatingPointError as error:
         raise ValueError(str(error)) from error
+    except KeyboardInterrupt:
+        raise ValueError(f"interrupted; {cfg.out}/last.pt, where it is there, goes on with --resume") from None
     data.stop_processes()
 
 
