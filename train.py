@@ -58,7 +58,7 @@ class Config:
     beta2: float = option(0.999, "AdamW's second beta")
     weight_decay: float = option(0.0, "AdamW's weight decay")
     clip: float = option(1.0, "largest gradient norm; 0 does not clip")
-    ema: float = option(0.995, "decay of the averaged weights, smaller in the first steps")
+    ema: float = option(0.999, "decay of the averaged weights, smaller in the first steps")
     time: str = option("logit_normal", "distribution of the training time", ("uniform", "logit_normal"))
     time_mean: float = option(0.8, "logit-normal: mean of logit(t); larger trains more on noise (0.8, 0.8: JiT)")
     time_std: float = option(0.8, "logit-normal: standard deviation of logit(t)")
