@@ -1298,8 +1298,8 @@ def test_train_resume_is_bitwise(tmp_path):
 
 def test_train_sigterm_saves_and_resumes_bitwise(tmp_path):
     """SIGTERM finishes the step, saves and exits 0; the resumed run equals the one that was never stopped; with two
-    processes as well."""
-    for processes in (1, 2):
+    processes as well, where it is enough that one of them is told."""
+    for processes in (1, 2) if sys.platform == "linux" else (1,):  # /proc names torchrun's workers
         out = tmp_path / f"stopped{processes}"
         flags = ["--steps", "100000", "--batch", "8", "--log_every", "1", "--sample_every", "0", "--score", "0",
                  "--device", "cpu", "--decay", "constant", "--out", str(out), "--data", str(SMALL_SET)]
@@ -1311,10 +1311,13 @@ def test_train_sigterm_saves_and_resumes_bitwise(tmp_path):
         while not (out / "log.jsonl").exists() or len((out / "log.jsonl").read_text()) < 300:
             assert process.poll() is None and time.time() < deadline, process.stderr.read()
             time.sleep(0.05)
-        process.send_signal(signal.SIGTERM)
+        told = process.pid
+        if processes == 2:  # tell one worker, not torchrun
+            lists = Path(f"/proc/{process.pid}/task").glob("*/children")
+            told = max(int(pid) for children in lists for pid in children.read_text().split())
+        os.kill(told, signal.SIGTERM)
         text, errors = process.communicate(timeout=60)
-        if processes == 1:  # torchrun itself reports the signal it was sent, whatever its workers returned
-            assert process.returncode == 0, errors
+        assert process.returncode == 0, errors
         assert "stopped by a signal" in text, (text, errors)
         step = checkpoint(out)["step"]
         assert step < 100000
@@ -1429,6 +1432,12 @@ def test_train_init_and_other_data(tmp_path):
         assert words in message and not (tmp_path / "d" / "last.pt").exists()
     cfg = tiny_run(tmp_path / "e", data=str(tmp_path / "set"), init=str(tmp_path / "a"), steps=1, lr=0.0)
     train.train(cfg)  # two classes instead of ten: the label table starts afresh, the rest is taken over
+    sigma = model.create("glyph-S", learn_sigma=True)  # as in official files: kept through --init and --resume
+    torch.save({"networks": {"G": {"config": sigma.config, "weights": sigma.state_dict()}}, "ema": sigma.state_dict()},
+               tmp_path / "sigma.pt")
+    train.train(tiny_run(tmp_path / "f", init=str(tmp_path / "sigma.pt"), steps=1))
+    train.train(tiny_run(tmp_path / "f", init=str(tmp_path / "sigma.pt"), steps=2, resume=True))
+    assert checkpoint(tmp_path / "f")["networks"]["G"]["config"]["learn_sigma"]
     e = checkpoint(tmp_path / "e")["networks"]["G"]["weights"]
     assert len(e["y_embedder.embedding_table.weight"]) == 3
     assert torch.equal(e["blocks.0.attn.qkv.weight"], a["ema"]["blocks.0.attn.qkv.weight"])

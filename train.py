@@ -337,12 +337,14 @@ def build(cfg: Config, source, device: torch.device) -> model.DiT:
     """The network for this data, freshly initialised or from --init."""
     options = dict(input_size=source.shape[1], channels=source.shape[0], num_classes=source.num_classes)
     options |= dict(predict=cfg.predict) if cfg.predict else {}
+    path = sample.find_checkpoint(cfg.out if cfg.resume else cfg.init) if cfg.resume or cfg.init else None
+    given = model.load(path) if path else None
+    if given:  # official files have it, and ours do not: a matter of the file that a run starts from
+        options |= dict(learn_sigma=given.config["learn_sigma"])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(data.fold(cfg.seed, "weights"))
         net = model.create(cfg.model, **options)
-    if cfg.init and not cfg.resume:
-        path = sample.find_checkpoint(cfg.init)
-        given = model.load(path)
+    if given and not cfg.resume:
         if given.predict != net.predict:
             raise ValueError(f"--init {path}: predicts {given.predict}, this run {net.predict}: give --predict {given.predict}"
                              f", or a --model that predicts it")
@@ -402,14 +404,15 @@ def train(cfg: Config) -> dict:
             opt.param_groups[0]["lr"] = learning_rate(step, cfg)
 
             # Gradient of the mean loss over the global batch. Processes exchange gradients in the last backward only.
-            total = 0.0
+            values = {}
             for k in range(cfg.accumulation):
                 images, labels, positions = next(stream)
                 wait = dist.is_initialized() and k + 1 < cfg.accumulation
                 with turn.no_sync() if wait else contextlib.nullcontext():
                     loss, logs = turn(images.to(device), labels.to(device), positions)
                     (loss / cfg.accumulation).backward()
-                total += loss.detach() / cfg.accumulation
+                for name, value in {"loss": loss, **logs}.items():
+                    values[name] = values.get(name, 0.0) + value.detach() / cfg.accumulation
             norm = nn.utils.clip_grad_norm_(net.parameters(), cfg.clip or math.inf)
             opt.step()
             opt.zero_grad()
@@ -417,7 +420,7 @@ def train(cfg: Config) -> dict:
                 update_ema(ema, net, step, cfg.ema)
 
             # Records. All processes leave together: the one that was asked to stop takes the others along.
-            log.note(step, role, {"loss": total, "grad_norm": norm, **logs})
+            log.note(step, role, {**values, "grad_norm": norm})
             done, stopped = step + 1, stop.on_any_process()
             last = stopped or done == cfg.steps
             save = last or done % cfg.save_every == 0
