@@ -61,8 +61,8 @@ class Draws:
     """Random numbers for samples at given positions: number k depends on (seed, purpose, positions[k]) only.
 
     Batches may therefore be split over GPUs, accumulation steps or evaluation runs in any way without changing a
-    single draw, on one kind of device. `positions` are global: training uses step * batch + i, evaluation the index of the sample. (The normal
-    numbers of a GPU are others than those of a CPU.)
+    single draw. (Normal numbers drawn on a GPU are others than those drawn on a CPU.) `positions` are global: training
+    uses step * batch + i, evaluation the index of the sample.
     """
 
     def __init__(self, seed: int, positions: typing.Sequence[int], device="cpu"):

@@ -553,7 +553,8 @@ def evaluate(generated: str, reference: str, features: str = "inception", weight
     generated, reference: what `data.dataset` reads, or an npz with mu and sigma. features: "inception", with `weights`
     as for `load_inception`, or "glyphs", which adds the `floor` of `real_glyphs` and the accuracy for 2 to 10 classes;
     then the reference "glyphs" means as many held-out real ones as are generated. num: exactly so many generated
-    images. size: crop and scale all images to it. save_stats: an npz for the statistics of `generated`; then reference may be "".
+    images. size: crop and scale all images to it. save_stats: an npz for the statistics of `generated`; then reference
+    may be "".
     """
     if features not in ("inception", "glyphs"):
         raise ValueError(f"features {features!r}: expected inception or glyphs")

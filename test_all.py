@@ -218,6 +218,10 @@ def test_data_image_folders(tmp_path):
     assert all(x.shape == (3, 16, 16) and x.dtype == torch.uint8 for x, _ in items.values())
     assert (items["a/deep.png"][0] == 127).all() and (items["a/sub/clear.png"][0] == 255).all()
     assert items["b/palette.gif"][0][0].min() > 250 and items["b/palette.gif"][0][1].max() < 5
+    for k in range(8):
+        (tmp_path / "many" / f"n{k}").mkdir(parents=True)
+        picture().save(tmp_path / f"many/n{k}/x.png")
+    assert data.dataset(str(tmp_path / "many"), 8).classes == [f"n{k}" for k in range(8)]
     (tmp_path / "links").mkdir()
     (tmp_path / "links/a").symlink_to(tmp_path / "a")  # how subsets of ImageNet are often laid out
     assert len(data.dataset(str(tmp_path / "links"), 16)) == 3
@@ -239,6 +243,9 @@ def test_data_centre_crop_is_adms():
     x = np.asarray(data.centre_crop(Image.fromarray(ramp), 50))
     assert x.shape == (50, 50, 3)
     assert np.abs(x[25, :, 0] - (np.arange(50) + 25) * 2.0 - 0.5).max() <= 1  # pixel k of 100 averages 2k and 2k+1
+    noise = np.random.RandomState(0).randint(0, 256, (100, 100, 3)).astype(np.uint8)
+    means = noise.reshape(50, 2, 50, 2, 3).mean((1, 3))
+    assert np.abs(np.asarray(data.centre_crop(Image.fromarray(noise), 50)) - means).max() <= 1
     odd = data.centre_crop(Image.new("RGB", (37, 91)), 16)
     assert odd.size == (16, 16)
 
@@ -443,6 +450,9 @@ def test_model_names_and_shapes_are_the_official_ones():
                 expected[f"blocks.{i}.{layer}.weight"] = (rows * width, columns * width)
                 expected[f"blocks.{i}.{layer}.bias"] = (rows * width,)
         assert {k: tuple(v.shape) for k, v in state.items()} == expected
+        with torch.device("meta"):
+            norms = [m for m in model.create(name).modules() if isinstance(m, nn.LayerNorm)]
+        assert len(norms) == 2 * depth + 1 and all(m.eps == 1e-6 for m in norms)
         assert len(state) == tensors and sum(v.numel() for v in state.values()) == values
 
 
@@ -728,6 +738,18 @@ def test_sample_solvers_reach_the_exact_flow_map_with_their_order():
         assert abs(found - order) < 0.15 and errors[1] < (0.02 if order == 1 else 2e-4), (solver, options, found, errors)
 
 
+def test_sample_solver_steps_are_the_textbook_ones():
+    """For dx/dt = t the steps can be summed by hand, on a grid of unequal steps: Euler takes the left end, Heun the mean
+    of both ends but in its last step, Adams-Bashforth is exact but in its first."""
+    times, x = [1.0, .9, .5, .2, .0], torch.zeros(1, 1).double()
+    pairs = list(zip(times, times[1:]))
+    field = lambda x, t, y: torch.full_like(x, t)
+    exact = [(r * r - t * t) / 2 for t, r in pairs]
+    left = [(r - t) * t for t, r in pairs]
+    for solver, total in (("euler", sum(left)), ("heun", sum(exact[:-1]) + left[-1]), ("ab2", left[0] + sum(exact[1:]))):
+        assert abs(sample.SOLVERS[solver](field, x, None, times).item() - total) < 1e-12, solver
+
+
 def test_sample_time_grids():
     """steps + 1 times fall from 1 to 0; rho bends towards data, shift towards noise; bad values are refused."""
     assert np.allclose(sample.time_grid(4), [1, .75, .5, .25, 0])
@@ -802,6 +824,14 @@ def test_sample_i_depends_on_seed_and_i_only():
         split = torch.cat([x for _, x in sample.generate(net, labels, 0, 5, steps=4, solver=solver)]).int()
         other = torch.cat([x for _, x in sample.generate(net, labels, 1, 12, steps=4, solver=solver)]).int()
         assert (one - split).abs().max() <= 1 and (one - other).abs().max() > 20
+    rank, world, shares = data.rank, data.world, []
+    try:
+        for r in range(2):
+            data.rank, data.world = (lambda r=r: r), (lambda: 2)
+            shares += [i for indices, _ in sample.generate(net, labels, 0, 5, steps=1) for i in indices]
+    finally:
+        data.rank, data.world = rank, world
+    assert sorted(shares) == list(range(12)) and shares != sorted(shares)  # each sample is made by one process
     assert labels.tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 0, 1]
     assert sample.labels_for(4, 10, [7, 3]).tolist() == [7, 3, 7, 3]
     assert "0 .. 9" in error_of(sample.labels_for, 4, 10, [10])
@@ -1392,6 +1422,17 @@ def test_train_pieces():
         averaged.load_state_dict(ema.state_dict())
         train.update_ema(averaged, net, step, .9)
         assert torch.allclose(averaged.weight, value)
+
+
+def test_train_clips_the_gradient(tmp_path):
+    """The gradient that reaches the optimizer has norm --clip where it was larger, and is left alone by --clip 0."""
+    norms = {}
+    for clip in (1e-3, 0.0):
+        train.train(tiny_run(tmp_path / f"{clip}", steps=1, clip=clip))
+        state = checkpoint(tmp_path / f"{clip}")["networks"]["G"]["optimizer"]["state"].values()
+        norms[clip] = 10 * torch.stack([s["exp_avg"].norm() for s in state]).norm()  # Adam's first mean is 0.1 g
+    logged = json.loads((tmp_path / "0.0/log.jsonl").read_text().splitlines()[0])["grad_norm"]
+    assert abs(norms[1e-3] - 1e-3) < 1e-5 and abs(norms[0.0] / logged - 1) < 1e-3 and logged > 0.1
 
 
 def test_train_run_folder_and_scores(tmp_path):
