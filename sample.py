@@ -216,6 +216,8 @@ class Config:
 
 def main(argv: list[str] | None = None) -> None:
     cfg = data.parse(Config, argv, __doc__, ("checkpoint",))
+    if cfg == Config():
+        return print(__doc__.strip())
     if not cfg.checkpoint:
         raise ValueError("which checkpoint? python sample.py runs/glyphs (python sample.py --help lists the options)")
     if cfg.n < 1 or cfg.batch < 1:
