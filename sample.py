@@ -245,17 +245,10 @@ def write_samples(generated, labels: Tensor, shape: tuple, out: Path, columns: i
 
     Processes of one machine meet in a memory-mapped file, so 50,000 images need no 50,000 images of memory.
     """
-    n, folder = len(labels), out.suffix not in (".png", ".npz")
-    (out if folder else out.parent).mkdir(parents=True, exist_ok=True)
-    digits = len(str(n - 1))
-    if folder:
-        if any(out.glob("*.png")):
-            raise ValueError(f"--out {out}: this folder holds pictures already; name a new one")
-        data.barrier()
-        for indices, images in generated:
-            for i, image in zip(indices, images.permute(0, 2, 3, 1).numpy()):
-                Image.fromarray(image).save(out / f"{i:0{digits}d}_class{int(labels[i])}.png")
-        return data.barrier()
+    if out.suffix not in (".png", ".npz"):
+        return write_folder(generated, labels, out)
+    n = len(labels)
+    out.parent.mkdir(parents=True, exist_ok=True)
     # ADM's evaluator takes the Inception Score over chunks of a file: sorted by class they would score far too low.
     place = torch.randperm(n, generator=data.generator("npz order")) if out.suffix == ".npz" else torch.arange(n)
     scratch = out.with_name(out.name + ".tmp.npy")
@@ -275,6 +268,19 @@ def write_samples(generated, labels: Tensor, shape: tuple, out: Path, columns: i
     finally:
         if data.rank() == 0:
             os.remove(scratch)
+
+
+def write_folder(generated, labels: Tensor, out: Path) -> None:
+    """Write (indices, uint8 images) batches as PNG files named by index and class; refuses a folder with other PNGs."""
+    if any(out.glob("*.png")):
+        raise ValueError(f"--out {out}: this folder holds pictures already; name a new one")
+    out.mkdir(parents=True, exist_ok=True)
+    data.barrier()
+    digits = len(str(len(labels) - 1))
+    for indices, images in generated:
+        for i, image in zip(indices, images.permute(0, 2, 3, 1).numpy()):
+            Image.fromarray(image).save(out / f"{i:0{digits}d}_class{int(labels[i])}.png")
+    data.barrier()
 
 
 if __name__ == "__main__":
