@@ -3,7 +3,7 @@
 The flow is integrated from noise at t = 1 to data at t = 0. Sample number i depends on (seed, i) only: its noise, its
 label and, for the SDE, the noise of every step, so batches and GPUs can be split in any way.
 
-    python sample.py runs/glyphs                               a grid of 64 samples, samples.png
+    python sample.py runs/glyphs                               a grid of 64 samples and their labels, samples.png
     python sample.py runs/glyphs --n 50000 --out samples.npz   ADM's layout: arr_0 uint8 NHWC shuffled, arr_1 labels
     python sample.py runs/glyphs --n 1000 --out folder         PNG files
     torchrun --nproc_per_node=2 sample.py ...                  the same images from two processes
@@ -222,6 +222,8 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError("which checkpoint? python sample.py runs/glyphs (python sample.py --help lists the options)")
     if cfg.n < 1 or cfg.batch < 1:
         raise ValueError(f"--n {cfg.n} --batch {cfg.batch}: expected at least 1")
+    if cfg.out.endswith(".png") and cfg.n > 10_000:
+        raise ValueError(f"--out {cfg.out}: a grid of {cfg.n:,} samples is too large to look at; use .npz or a folder")
     device = data.start_processes(cfg.device)
     net = model.load(find_checkpoint(cfg.checkpoint), ema=cfg.ema).to(device).eval()
     reference = model.load(find_checkpoint(cfg.reference), ema=cfg.ema).to(device).eval() if cfg.reference else None
@@ -264,7 +266,8 @@ def write_samples(generated, labels: Tensor, shape: tuple, out: Path, columns: i
         if data.rank() == 0 and out.suffix == ".npz":
             np.savez(out, arr_0=rows, arr_1=labels[torch.argsort(place)].numpy())
         elif data.rank() == 0:
-            data.grid(torch.from_numpy(np.array(rows)).permute(0, 3, 1, 2), columns).save(out)
+            captions = [str(label) for label in labels.tolist()]
+            data.grid(torch.from_numpy(np.array(rows)).permute(0, 3, 1, 2), columns, captions).save(out)
     finally:
         if data.rank() == 0:
             os.remove(scratch)

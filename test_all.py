@@ -883,6 +883,7 @@ def test_sample_diverged_images_leave_no_file(tmp_path):
 def test_sample_command_errors(tmp_path):
     path = str(save_tiny(tmp_path / "net.pt"))
     assert "at least 1" in error_of(sample.main, [path, "--n", "0", "--device", "cpu"])
+    assert ".npz" in error_of(sample.main, [path, "--n", "10001", "--device", "cpu"])
     assert "which checkpoint" in error_of(sample.main, ["--n", "3"])
     assert "python sample.py runs/glyphs" in run("sample.py", cwd=HERE).stdout
     assert "no such checkpoint" in error_of(sample.main, [str(tmp_path)])
