@@ -20,6 +20,7 @@ import argparse
 import dataclasses
 import difflib
 import functools
+import gc
 import gzip
 import hashlib
 import io
@@ -505,7 +506,10 @@ def start_processes(device: str = "auto") -> torch.device:
 
 
 def stop_processes() -> None:
+    """Leave together: a process that goes while others still talk to it, or that still holds a group, may abort."""
     if dist.is_initialized():
+        barrier()
+        gc.collect()  # DistributedDataParallel sits in reference cycles and keeps its process group alive
         dist.destroy_process_group()
 
 
