@@ -37,6 +37,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import data
+from data import option
 
 HELD_OUT, HELD_OUT_AGAIN = 1, 2  # seeds of real glyphs that only measure; generators train on seed 0, GlyphNet on 3
 
@@ -590,17 +591,17 @@ def metric_name(net: InceptionV3 | GlyphNet, n: int | None) -> str:
 
 @dataclass
 class Config:
-    generated: str = data.option("", "image folder, zip, npz of images or statistics, glyphs, glyphs:SEED")
-    reference: str = data.option("", "the same; with --features glyphs, glyphs means held-out real ones")
-    features: str = data.option("inception", "whose features to compare", choices=("inception", "glyphs"))
-    weights: str = data.option("torchvision", "of InceptionV3: torchvision, fid, or a file")
-    num: int = data.option(0, "use exactly so many generated images, drawn once for all; 0: use all")
-    size: int = data.option(0, "crop and scale all images to this many pixels; 0 keeps them as they are")
-    batch: int = data.option(64, "images at a time")
-    device: str = data.option("auto", "where the network runs", choices=("auto", "cpu", "cuda"))
-    json: bool = data.option(False, "print the result as one JSON object")
-    save_stats: str = data.option("", "an npz for the statistics of GENERATED; REFERENCE may then be left out")
-    benchmark: bool = data.option(False, "compare our Frechet distance with scipy's sqrtm at D = 2048, and stop")
+    generated: str = option("", "image folder, zip, npz of images or statistics, glyphs, glyphs:SEED")
+    reference: str = option("", "the same; with --features glyphs, glyphs means held-out real ones")
+    features: str = option("inception", "whose features to compare", choices=("inception", "glyphs"))
+    weights: str = option("torchvision", "of InceptionV3: torchvision, fid, or a file")
+    num: int = option(0, "use exactly so many generated images, drawn once for all; 0: use all")
+    size: int = option(0, "crop and scale all images to this many pixels; 0 keeps them as they are")
+    batch: int = option(64, "images at a time")
+    device: str = option("auto", "where the network runs", choices=("auto", "cpu", "cuda"))
+    json: bool = option(False, "print the result as one JSON object")
+    save_stats: str = option("", "an npz for the statistics of GENERATED; REFERENCE may then be left out")
+    benchmark: bool = option(False, "compare our Frechet distance with scipy's sqrtm at D = 2048, and stop")
 
 
 def known_distance(d: int) -> tuple[Tensor, Tensor, Tensor, Tensor, float]:
