@@ -20,46 +20,426 @@ import os
 import pickle
 import re
 import time
+import types
+import weakref
 
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # it comes with CUDA builds of torch, and nothing needs it
+    triton = None
 
 # --------------------------------------------------------------------------------------------------------------------
-# 1. Attention
+# 1. Attention, with derivatives
 # --------------------------------------------------------------------------------------------------------------------
+#
+# Four bodies compute the same function. What autograd can do with each, and what it keeps for the backward pass:
+#
+#     body       backward  forward-mode  backward through tangents  double backward  kept                 for
+#     fused      yes       error         error                      error            q, k, v, O           training, sampling
+#     plain      yes       yes           yes                        yes              (N, N) arrays        derivatives, few tokens
+#     recompute  yes       yes           yes                        yes              q, k, v, O, tangents derivatives, many tokens
+#     triton     yes       yes           yes                        yes              the same             the same, on CUDA
+#
+# `fused` is the default. A loss on derivatives asks for another one:    with attention_body("recompute"): ...
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v, fused: (B, H, N, d) three times -> (B, H, N, d)."""
-    return F.scaled_dot_product_attention(q, k, v)
+    """softmax(q k^T / sqrt(d)) v by the body in force: q (B, H, N, d), k and v (B, H, M, d) -> (B, H, N, d)."""
+    return BODIES[_body](q, k, v)
 
 
-def attention_reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The same in plain steps; stores the (B, H, N, N) weights."""
-    weights = (q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])).softmax(-1)                     # (B, H, N, N)
+@contextlib.contextmanager
+def attention_body(name: str):
+    """Use one of `BODIES` for every `attention` inside the with block."""
+    global _body
+    if name not in BODIES:
+        raise ValueError(f"no attention body {name!r}: choose one of {', '.join(BODIES)}")
+    before, _body = _body, name
+    try:
+        yield
+    finally:
+        _body = before
+
+
+def attention_fused(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """torch's fused kernels: one derivative, in reverse mode."""
+    try:
+        return F.scaled_dot_product_attention(q, k, v)
+    except NotImplementedError as error:
+        raise NotImplementedError("fused attention has no forward-mode derivative: put the call inside `with model."
+                                  "attention_body('plain')` (or 'recompute', for many tokens)") from error
+
+
+def attention_plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Three plain steps, as often differentiable as wanted; autograd keeps the (B, H, N, M) weights."""
+    weights = (q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1)                                    # (B, H, N, M)
     return weights @ v                                                                           # (B, H, N, d)
 
 
-class Attention(nn.Module):
-    """Multi-head self-attention with timm's parameter names (qkv, proj)."""
+def attention_recompute(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The closed forms below, a block of queries at a time: no (N, M) array is kept, at most (QUERIES, M) exist at once."""
+    refuse_compile("attention body 'recompute' has", "compile with body 'fused' or 'plain'")
+    return Attend.apply(TORCH, q, k, v, *(x.new_empty(0, *x.shape) for x in (q, k, v)))[0]
 
-    def __init__(self, width: int, heads: int):
-        super().__init__()
-        self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width)
-        self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor) -> Tensor:
-        B, N, W = x.shape
-        q, k, v = self.qkv(x).view(B, N, 3, self.heads, W // self.heads).permute(2, 0, 3, 1, 4)  # (B, H, N, d) each
-        return self.proj(attention(q, k, v).transpose(1, 2).reshape(B, N, W))                    # (B, N, W)
+def attention_triton(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The closed forms below as Triton kernels: bfloat16, float16 and float32; a GPU, or Triton's interpreter."""
+    refuse_compile("attention body 'triton' has", "compile with body 'fused' or 'plain'")
+    check_triton(q)
+    return Attend.apply(TRITON, q, k, v, *(x.new_empty(0, *x.shape) for x in (q, k, v)))[0]
+
+
+def refuse_compile(what: str, instead: str) -> None:
+    """torch.compile may leave out a derivative that is written by hand, without an error (pytorch issue 192985)."""
+    if torch.compiler.is_compiling():
+        raise RuntimeError(f"{what} derivatives that torch.compile can get wrong without an error: {instead}")
+
+
+BODIES = {"fused": attention_fused, "plain": attention_plain, "recompute": attention_recompute,
+          "triton": attention_triton}
+_body = "fused"
+QUERIES = 512  # rows of the (N, M) arrays that exist at once
+
+
+def pair_forward(q, k, v, dq, dk, dv):
+    """O = attention(q, k, v), and its tangent dO along each of T tangents dq, dk, dv (T, B, H, ., d).
+
+    With s = 1 / sqrt(d):
+
+        S  = s q k'               P  = softmax(S)                O  = P v
+        dS = s (dq k' + q dk')    dP = P * (dS - rowsum(P*dS))   dO = dP v + P dv
+
+    Matrix products in the dtype of q, everything between them in float32 or wider.
+    """
+    s, wide, blocks = 1 / math.sqrt(q.shape[-1]), torch.promote_types(q.dtype, torch.float32), []
+    for q, dq in zip(q.split(QUERIES, -2), dq.split(QUERIES, -2)):
+        P = (s * (q @ k.mT).to(wide)).softmax(-1)                                                # (B, H, QUERIES, M)
+        dS = s * (dq @ k.mT + q @ dk.mT).to(wide)                                                # (T, B, H, QUERIES, M)
+        dP = P * (dS - (P * dS).sum(-1, keepdim=True))
+        P, dP = P.to(v.dtype), dP.to(v.dtype)
+        blocks.append((P @ v, dP @ v + P @ dv))
+    return tuple(torch.cat(parts, -2) for parts in zip(*blocks))
+
+
+def pair_backward(q, k, v, dq, dk, dv, O, dO, G, U):
+    """Gradients of sum(G*O) + sum(U*dO) with respect to q, k, v, dq, dk, dv; G has the shape of O, U of dO.
+
+    With S, P, dS of `pair_forward`, W = dS - rowsum(P*dS), sums over the T tangents, and two numbers a row:
+
+        xbar = rowsum(U*O)          gdS = P * (U v' - xbar)
+        D    = rowsum(G*O + U*dO)   gS  = P * (G v' + U dv' - D) + gdS * W
+
+        gq  = s (gS k + gdS dk)     gk  = s (gS' q + gdS' dq)     gv  = P' G + (P*W)' U
+        gdq = s gdS k               gdk = s gdS' q                gdv = P' U
+
+    Derivation: softmax has the symmetric Jacobian J = diag(P) - P P', so gdS = J (U v'), where
+    sum_j P_ij (U v')_ij = U_i.O_i. In gS the terms with rowsum(P*dS) of the softmax correction cancel, which leaves D.
+    With T = 0 this is FlashAttention-2's backward pass (arXiv:2307.08691, Algorithm 2).
+    """
+    s, wide = 1 / math.sqrt(q.shape[-1]), torch.promote_types(q.dtype, torch.float32)
+    xbar, D = row_sums(O, dO, G, U)
+    rows, columns = [], []
+    for q, dq, G, U, xbar, D in zip(*(x.split(QUERIES, -2) for x in (q, dq, G, U, xbar, D))):
+        P = (s * (q @ k.mT).to(wide)).softmax(-1)
+        dS = s * (dq @ k.mT + q @ dk.mT).to(wide)
+        W = dS - (P * dS).sum(-1, keepdim=True)
+        gdS = P * ((U @ v.mT).to(wide) - xbar)
+        gS = P * ((G @ v.mT + (U @ dv.mT).sum(0)).to(wide) - D) + (gdS * W).sum(0)
+        P, PW, gS, gdS = (x.to(v.dtype) for x in (P, P * W, s * gS, s * gdS))
+        rows.append((gS @ k + (gdS @ dk).sum(0), gdS @ k))
+        columns.append((gS.mT @ q + (gdS.mT @ dq).sum(0), P.mT @ G + (PW.mT @ U).sum(0), gdS.mT @ q, P.mT @ U))
+    gq, gdq = (torch.cat(parts, -2) for parts in zip(*rows))
+    gk, gv, gdk, gdv = (sum(parts) for parts in zip(*columns))
+    return gq, gk, gv, gdq, gdk, gdv
+
+
+def row_sums(O, dO, G, U):
+    """xbar = rowsum(U*O) (T, B, H, N, 1) and D = rowsum(G*O) + sum over tangents of rowsum(U*dO) (B, H, N, 1)."""
+    wide = torch.promote_types(O.dtype, torch.float32)
+    O, dO, G, U = O.to(wide), dO.to(wide), G.to(wide), U.to(wide)
+    return (U * O).sum(-1, keepdim=True), (G * O).sum(-1, keepdim=True) + (U * dO).sum((0, -1))[..., None]
+
+
+class Attend(torch.autograd.Function):
+    """(kernels, q, k, v, dq, dk, dv) -> O, dO and whatever row statistics the kernels want to see again in backward.
+
+    `kernels` are `TORCH` or `TRITON`. With T = 0 this is attention, whose forward-mode derivative is Attend itself with
+    T = 1: so tangents have a graph, and a loss on them back-propagates.
+    """
+
+    @staticmethod
+    def forward(kernels, *tensors):
+        return kernels.forward(*tensors)
+
+    @staticmethod
+    def setup_context(ctx, inputs, outputs):
+        ctx.kernels, *tensors = inputs
+        ctx.save_for_backward(*tensors, *outputs)
+        ctx.save_for_forward(*tensors)
+        ctx.statistics = len(outputs) - 2
+        ctx.mark_non_differentiable(*outputs[2:])
+
+    @staticmethod
+    def backward(ctx, G, U, *_):
+        return None, *AttendBackward.apply(ctx.kernels, *ctx.saved_tensors, G, U)
+
+    @staticmethod
+    def jvp(ctx, _, dq, dk, dv, *__):
+        q, k, v, none, *_ = ctx.saved_tensors
+        if len(none):
+            raise NotImplementedError("attention has one forward-mode derivative; take the second in reverse mode")
+        dO = Attend.apply(ctx.kernels, q, k, v, dq[None], dk[None], dv[None])[1]
+        return dO[0], none, *ctx.statistics * [None]
+
+    @staticmethod
+    def vmap(info, in_dims, kernels, *tensors):
+        """A mapped axis V of the tangents alone joins T, so that q, k, v are shared; any other joins the batch B."""
+        V, shared = info.batch_size, in_dims[1:4] == (None, None, None)
+        q, k, v, *tangents = (x.expand(V, *x.shape) if dim is None else x.movedim(dim, 0)
+                              for x, dim in zip(tensors, in_dims[1:]))                   # (V, B, ...), (V, T, B, ...)
+        if shared:
+            out = Attend.apply(kernels, *tensors[:3], *(x.flatten(0, 1) for x in tangents))
+            is_tangent = [x.dim() == out[1].dim() for x in out]
+            split = (x.unflatten(0, (V, -1)) if yes else x for x, yes in zip(out, is_tangent))
+            return tuple(split), tuple(0 if yes else None for yes in is_tangent)
+        primal = (x.flatten(0, 1) for x in (q, k, v))
+        out = Attend.apply(kernels, *primal, *(x.transpose(0, 1).flatten(1, 2) for x in tangents))
+        axes = tuple(x.dim() - out[0].dim() for x in out)                                # where V was put: 0, or 1 after T
+        return tuple(x.unflatten(axis, (V, q.shape[1])) for x, axis in zip(out, axes)), axes
+
+
+class AttendBackward(torch.autograd.Function):
+    """Attend's backward pass as a function of its own, so that it has a backward pass too: double backward.
+
+    Along (a, b, c) at its outputs gq, gk, gv the sum <a, gq> + <b, gk> + <c, gv> is <G, dO>, dO being attention's tangent
+    along (a, b, c): so dO is the gradient with respect to G, and those with respect to q, k, v are Attend's own
+    backward pass with U = G. No new formula.
+    """
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(kernels, *tensors):
+        return kernels.backward(*tensors)
+
+    @staticmethod
+    def setup_context(ctx, inputs, outputs):
+        ctx.kernels, q, k, v, dq, *others, G, _ = inputs
+        ctx.others = len(others)
+        ctx.save_for_backward(q, k, v, dq, G)
+
+    @staticmethod
+    def backward(ctx, a, b, c, *_):
+        q, k, v, dq, G = ctx.saved_tensors
+        if len(dq):
+            raise NotImplementedError("attention is differentiable twice; this is a third derivative: use body 'plain'")
+        primal, tangents = (q, k, v), (a[None], b[None], c[None])
+        O, dO, *statistics = Attend.apply(ctx.kernels, *primal, *tangents)
+        gq, gk, gv, *_ = AttendBackward.apply(ctx.kernels, *primal, *tangents, O, dO, *statistics, torch.zeros_like(G),
+                                              G[None])
+        return None, gq, gk, gv, None, *ctx.others * [None], dO[0], None
+
+
+# forward(q, k, v, dq, dk, dv) -> (O, dO, *statistics); backward(those six, O, dO, *statistics, G, U) -> six gradients
+TORCH = types.SimpleNamespace(forward=pair_forward, backward=pair_backward)
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# 2. The transformer
+# 2. The same pair as Triton kernels
+# --------------------------------------------------------------------------------------------------------------------
+#
+# One program computes one tile of rows and walks over the tiles of the other axis, so no (N, M) array exists at all.
+# Tensors are (B H, N, d), contiguous; the axis d is padded to WIDTH, a power of two. The row statistics that backward
+# needs to rebuild P and W tile by tile are lse = logsumexp(S) and mu = rowsum(P*dS).
+
+if triton:
+    @triton.jit
+    def read_tile(pointer, start, length, d, TILE: tl.constexpr, WIDTH: tl.constexpr):
+        """Rows start .. start + TILE of a (length, d) matrix, with zeros beyond its edges."""
+        row, column = start + tl.arange(0, TILE)[:, None], tl.arange(0, WIDTH)[None, :]
+        return tl.load(pointer + row * d + column, (row < length) & (column < d), 0.0)
+
+    @triton.jit
+    def read_rows(pointer, start, length, TILE: tl.constexpr):
+        """The numbers start .. start + TILE of a vector, as a column."""
+        row = start + tl.arange(0, TILE)
+        return tl.load(pointer + row, row < length, 0.0)[:, None]
+
+    @triton.jit
+    def write_tile(pointer, value, start, length, d, TILE: tl.constexpr, WIDTH: tl.constexpr):
+        row, column = start + tl.arange(0, TILE)[:, None], tl.arange(0, WIDTH)[None, :]
+        tl.store(pointer + row * d + column, value.to(pointer.dtype.element_ty), (row < length) & (column < d))
+
+    @triton.jit
+    def write_rows(pointer, value, start, length, TILE: tl.constexpr):
+        row = start + tl.arange(0, TILE)
+        tl.store(pointer + row, tl.reshape(value, (TILE,)), row < length)
+
+    @triton.jit
+    def mm(a, b, EXACT: tl.constexpr):
+        """a b with float32 sums; float32 factors as three TF32 terms, almost exactly, if EXACT, else as one."""
+        return tl.dot(a, b, input_precision="tf32x3" if EXACT else "tf32")
+
+    @triton.jit
+    def forward_kernel(q, k, v, dq, dk, dv, O, dO, lse, mu, N, M, d, s, TANGENT: tl.constexpr, TILE: tl.constexpr,
+                       WIDTH: tl.constexpr, EXACT: tl.constexpr):
+        """O, lse, and with a TANGENT dO, mu of one tile of queries: softmax by a running maximum m.
+
+        l, A, R, B are the sums over keys of e, e v, e dS and e dS v + e dv, e = exp(S - m), rescaled when m grows.
+        """
+        head, start = tl.program_id(1).to(tl.int64), tl.program_id(0) * TILE
+        rows, columns = head * N * d, head * M * d
+        Q = read_tile(q + rows, start, N, d, TILE, WIDTH)
+        m = tl.full((TILE, 1), float("-inf"), tl.float32)
+        l, R = tl.zeros((TILE, 1), tl.float32), tl.zeros((TILE, 1), tl.float32)
+        A, B = tl.zeros((TILE, WIDTH), tl.float32), tl.zeros((TILE, WIDTH), tl.float32)
+        if TANGENT:
+            dQ = read_tile(dq + rows, start, N, d, TILE, WIDTH)
+        for key in range(0, M, TILE):
+            K, V = read_tile(k + columns, key, M, d, TILE, WIDTH), read_tile(v + columns, key, M, d, TILE, WIDTH)
+            S = tl.where((key + tl.arange(0, TILE) < M)[None, :], s * mm(Q, tl.trans(K), EXACT), float("-inf"))
+            higher = tl.maximum(m, tl.max(S, 1, keep_dims=True))
+            shrink, e = tl.exp(m - higher), tl.exp(S - higher)
+            m = higher
+            l = shrink * l + tl.sum(e, 1, keep_dims=True)
+            A = shrink * A + mm(e.to(V.dtype), V, EXACT)
+            if TANGENT:
+                dK, dV = read_tile(dk + columns, key, M, d, TILE, WIDTH), read_tile(dv + columns, key, M, d, TILE, WIDTH)
+                E = e * s * (mm(dQ, tl.trans(K), EXACT) + mm(Q, tl.trans(dK), EXACT))
+                R = shrink * R + tl.sum(E, 1, keep_dims=True)
+                B = shrink * B + mm(E.to(V.dtype), V, EXACT) + mm(e.to(V.dtype), dV, EXACT)
+        write_tile(O + rows, A / l, start, N, d, TILE, WIDTH)
+        write_rows(lse + head * N, m + tl.log(l), start, N, TILE)
+        if TANGENT:
+            write_tile(dO + rows, B / l - R / l * (A / l), start, N, d, TILE, WIDTH)
+            write_rows(mu + head * N, R / l, start, N, TILE)
+
+    @triton.jit
+    def pair_tile(Q, K, V, dQ, dK, dV, G, U, lse, mu, xbar, D, inside, s, TANGENT: tl.constexpr, EXACT: tl.constexpr):
+        """P, P*W, s gS, s gdS of `pair_backward` for one tile of queries and one of keys, in the dtype of Q."""
+        P = tl.where(inside, tl.exp(s * mm(Q, tl.trans(K), EXACT) - lse), 0.0)
+        gS = P * (mm(G, tl.trans(V), EXACT) - D)
+        PW, gdS = P, P
+        if TANGENT:
+            W = s * (mm(dQ, tl.trans(K), EXACT) + mm(Q, tl.trans(dK), EXACT)) - mu
+            PW, gdS = P * W, P * (mm(U, tl.trans(V), EXACT) - xbar)
+            gS += P * mm(U, tl.trans(dV), EXACT) + gdS * W
+        return P.to(Q.dtype), PW.to(Q.dtype), (s * gS).to(Q.dtype), (s * gdS).to(Q.dtype)
+
+    @triton.jit
+    def backward_kernel(q, k, v, dq, dk, dv, G, U, lse, mu, xbar, D, gq, gk, gv, gdq, gdk, gdv, N, M, d, s,
+                        QUERIES_SIDE: tl.constexpr, TANGENT: tl.constexpr, TILE: tl.constexpr, WIDTH: tl.constexpr,
+                        EXACT: tl.constexpr):
+        """gq, gdq of one tile of queries, walking over the keys; or gk, gv, gdk, gdv of one of keys, over the queries."""
+        head, own = tl.program_id(1).to(tl.int64), tl.program_id(0) * TILE
+        rows, columns, numbers = head * N * d, head * M * d, head * N
+        first, second = tl.zeros((TILE, WIDTH), tl.float32), tl.zeros((TILE, WIDTH), tl.float32)
+        third, fourth = tl.zeros((TILE, WIDTH), tl.float32), tl.zeros((TILE, WIDTH), tl.float32)
+        for other in range(0, M if QUERIES_SIDE else N, TILE):
+            row, key = other, own
+            if QUERIES_SIDE:
+                row, key = own, other
+            Q, g = read_tile(q + rows, row, N, d, TILE, WIDTH), read_tile(G + rows, row, N, d, TILE, WIDTH)
+            K, V = read_tile(k + columns, key, M, d, TILE, WIDTH), read_tile(v + columns, key, M, d, TILE, WIDTH)
+            dQ, u, dK, dV = Q, g, K, V
+            if TANGENT:
+                dQ, u = read_tile(dq + rows, row, N, d, TILE, WIDTH), read_tile(U + rows, row, N, d, TILE, WIDTH)
+                dK, dV = read_tile(dk + columns, key, M, d, TILE, WIDTH), read_tile(dv + columns, key, M, d, TILE, WIDTH)
+            inside = (row + tl.arange(0, TILE) < N)[:, None] & (key + tl.arange(0, TILE) < M)[None, :]
+            P, PW, gS, gdS = pair_tile(Q, K, V, dQ, dK, dV, g, u, read_rows(lse + numbers, row, N, TILE),
+                                     read_rows(mu + numbers, row, N, TILE), read_rows(xbar + numbers, row, N, TILE),
+                                     read_rows(D + numbers, row, N, TILE), inside, s, TANGENT, EXACT)
+            if QUERIES_SIDE:
+                first += mm(gS, K, EXACT)
+                if TANGENT:
+                    first += mm(gdS, dK, EXACT)
+                    second += mm(gdS, K, EXACT)
+            else:
+                first += mm(tl.trans(gS), Q, EXACT)
+                second += mm(tl.trans(P), g, EXACT)
+                if TANGENT:
+                    first += mm(tl.trans(gdS), dQ, EXACT)
+                    second += mm(tl.trans(PW), u, EXACT)
+                    third += mm(tl.trans(gdS), Q, EXACT)
+                    fourth += mm(tl.trans(P), u, EXACT)
+        if QUERIES_SIDE:
+            write_tile(gq + rows, first, own, N, d, TILE, WIDTH)
+            if TANGENT:
+                write_tile(gdq + rows, second, own, N, d, TILE, WIDTH)
+        else:
+            write_tile(gk + columns, first, own, M, d, TILE, WIDTH)
+            write_tile(gv + columns, second, own, M, d, TILE, WIDTH)
+            if TANGENT:
+                write_tile(gdk + columns, third, own, M, d, TILE, WIDTH)
+                write_tile(gdv + columns, fourth, own, M, d, TILE, WIDTH)
+
+
+def check_triton(q: Tensor) -> None:
+    """A ValueError that names the way out, where the Triton kernels cannot run."""
+    if triton is None:
+        raise ValueError("attention body 'triton' needs Triton, which CUDA builds of torch bring along (elsewhere: pip "
+                         "install triton); body 'recompute' does the same everywhere")
+    if not q.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError(f"attention body 'triton' runs on a GPU, not on {q.device}: use body 'recompute', or start "
+                         f"Python with TRITON_INTERPRET=1 to watch the kernels run, slowly")
+    if q.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise ValueError(f"attention body 'triton' computes in float32 sums, not {q.dtype}: use body 'recompute'")
+
+
+def _launch_options(q: Tensor) -> dict:
+    """Tile sizes that keep the tangents' sums in registers, as compiled for an H100 (float32 beyond d = 64 spills)."""
+    width = max(16, triton.next_power_of_2(q.shape[-1]))
+    return dict(TILE=16 if q.dtype == torch.float32 else 32, WIDTH=width, EXACT=not torch.backends.cuda.matmul.allow_tf32,
+                num_warps=4 if width <= 64 else 8, num_stages=2)
+
+
+def triton_forward(q, k, v, dq, dk, dv):
+    """`pair_forward` by forward_kernel, a launch for each tangent: (O, dO, lse, mu)."""
+    (B, H, N, d), M, T, options = q.shape, k.shape[-2], len(dq), _launch_options(q)
+    q, k, v, dq, dk, dv = (x.contiguous() for x in (q, k, v, dq, dk, dv))
+    O, dO = torch.empty_like(q), torch.empty_like(dq)
+    lse, mu = q.new_empty(B, H, N, 1, dtype=torch.float32), q.new_empty(T, B, H, N, 1, dtype=torch.float32)
+    grid = (triton.cdiv(N, options["TILE"]), B * H)
+    for tangent in zip(dq, dk, dv, dO, mu) if T else [(q, k, v, O, lse)]:
+        dq_, dk_, dv_, dO_, mu_ = tangent
+        forward_kernel[grid](q, k, v, dq_, dk_, dv_, O, dO_, lse, mu_, N, M, d, 1 / math.sqrt(d), TANGENT=T > 0, **options)
+    return O, dO, lse, mu
+
+
+def triton_backward(q, k, v, dq, dk, dv, O, dO, lse, mu, G, U):
+    """`pair_backward` by backward_kernel: two launches for each tangent, G going with the first of them."""
+    (B, H, N, d), M, T, options = q.shape, k.shape[-2], len(dq), _launch_options(q)
+    xbar, D = row_sums(O, dO, G, U)
+    q, k, v, dq, dk, dv, G, U, xbar, D = (x.contiguous() for x in (q, k, v, dq, dk, dv, G, U, xbar, D))
+    gdq, gdk, gdv = torch.empty_like(dq), torch.empty_like(dk), torch.empty_like(dv)
+    sums = []
+    for i in range(max(T, 1)):
+        if T > 1:  # D is linear in (G, U): each launch takes its own part
+            D = row_sums(O, dO[i:i + 1], G, U[i:i + 1])[1]
+        tangent = [x[i] for x in (dq, dk, dv, U, mu, xbar, gdq, gdk, gdv)] if T else [q, k, v, G, lse, D, q, k, v]
+        dq_, dk_, dv_, U_, mu_, xbar_, gdq_, gdk_, gdv_ = tangent
+        gq, gk, gv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        for length, queries_side in ((N, True), (M, False)):
+            backward_kernel[triton.cdiv(length, options["TILE"]), B * H](
+                q, k, v, dq_, dk_, dv_, G, U_, lse, mu_, xbar_, D, gq, gk, gv, gdq_, gdk_, gdv_, N, M, d,
+                1 / math.sqrt(d), QUERIES_SIDE=queries_side, TANGENT=T > 0, **options)
+        sums.append((gq, gk, gv))
+        G = torch.zeros_like(G)
+    return *(sum(parts) for parts in zip(*sums)), gdq, gdk, gdv
+
+
+TRITON = types.SimpleNamespace(forward=triton_forward, backward=triton_backward)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# 3. The transformer
 # --------------------------------------------------------------------------------------------------------------------
 
 
@@ -122,6 +502,18 @@ class LabelEmbedder(nn.Module):
         return self.embedding_table(y)
 
 
+class RMSNorm(nn.Module):
+    """x / rms(x) over the last axis, without weights, from primitives: every derivative of these is right."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
+
+
+def normalisation(norm: str, width: int) -> nn.Module:
+    """LayerNorm or RMSNorm without weights. Losses on forward-mode derivatives need RMSNorm: see `refuse`."""
+    return RMSNorm() if norm == "rms" else nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+
+
 class Mlp(nn.Module):
     def __init__(self, width: int, hidden: int):
         super().__init__()
@@ -132,14 +524,29 @@ class Mlp(nn.Module):
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
 
 
-class Block(nn.Module):
-    """Transformer block with adaLN-zero: x + gate f(LN(x) (1 + scale) + shift), for attention and then the MLP."""
+class Attention(nn.Module):
+    """Multi-head self-attention with timm's parameter names (qkv, proj)."""
 
-    def __init__(self, width: int, heads: int, mlp_ratio: float):
+    def __init__(self, width: int, heads: int):
         super().__init__()
-        self.norm1 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, N, W = x.shape
+        q, k, v = self.qkv(x).view(B, N, 3, self.heads, W // self.heads).permute(2, 0, 3, 1, 4)  # (B, H, N, d) each
+        return self.proj(attention(q, k, v).transpose(1, 2).reshape(B, N, W))                    # (B, N, W)
+
+
+class Block(nn.Module):
+    """Transformer block with adaLN-zero: x + gate f(norm(x) (1 + scale) + shift), for attention and then the MLP."""
+
+    def __init__(self, width: int, heads: int, mlp_ratio: float, norm: str):
+        super().__init__()
+        self.norm1 = normalisation(norm, width)
         self.attn = Attention(width, heads)
-        self.norm2 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.norm2 = normalisation(norm, width)
         self.mlp = Mlp(width, int(width * mlp_ratio))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
@@ -150,9 +557,9 @@ class Block(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    def __init__(self, width: int, patch: int, out_channels: int):
+    def __init__(self, width: int, patch: int, out_channels: int, norm: str):
         super().__init__()
-        self.norm_final = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.norm_final = normalisation(norm, width)
         self.linear = nn.Linear(width, patch * patch * out_channels)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
 
@@ -164,14 +571,14 @@ class FinalLayer(nn.Module):
 class DiT(nn.Module):
     """The diffusion transformer of DiT (arXiv:2212.09748) and SiT (arXiv:2401.08740).
 
-    learn_sigma: the last layer has 2 C channels as in the official files; the second half (DiT's variance, untrained
+    norm: layer or rms. learn_sigma: the last layer has 2 C channels as in the official files; the second half (DiT's variance, untrained
     in SiT) is dropped. null_class: whether the label table has the extra row of guidance. t_min: see `clean_velocity`.
     A fresh network returns exactly 0 from its last layer, and each of its blocks is the identity (adaLN-zero).
     """
 
     def __init__(self, input_size: int = 32, patch: int = 2, channels: int = 4, width: int = 1152, depth: int = 28,
                  heads: int = 16, mlp_ratio: float = 4.0, num_classes: int = 1000, null_class: bool = True,
-                 learn_sigma: bool = False, predict: str = "v", t_min: float = 0.05):
+                 learn_sigma: bool = False, predict: str = "v", t_min: float = 0.05, norm: str = "layer"):
         self.config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         super().__init__()
         if input_size % patch:
@@ -181,6 +588,8 @@ class DiT(nn.Module):
             raise ValueError(f"width {width} must be a multiple of 4 and of the {heads} heads")
         if predict not in ("v", "x", "eps"):
             raise ValueError(f"predict {predict!r}: expected v, x or eps")
+        if norm not in ("layer", "rms"):
+            raise ValueError(f"norm {norm!r}: expected layer or rms")
         self.patch, self.channels, self.out_channels = patch, channels, channels * (1 + learn_sigma)
         self.num_classes, self.null_class, self.predict, self.t_min = num_classes, null_class, predict, t_min
         self.shape = (channels, input_size, input_size)
@@ -189,8 +598,8 @@ class DiT(nn.Module):
         self.t_embedder = TimestepEmbedder(width)
         self.y_embedder = LabelEmbedder(num_classes, width, null_class)
         self.pos_embed = nn.Parameter(position_table(width, input_size // patch), requires_grad=False)
-        self.blocks = nn.ModuleList(Block(width, heads, mlp_ratio) for _ in range(depth))
-        self.final_layer = FinalLayer(width, patch, self.out_channels)
+        self.blocks = nn.ModuleList(Block(width, heads, mlp_ratio, norm) for _ in range(depth))
+        self.final_layer = FinalLayer(width, patch, self.out_channels, norm)
         self.initialise()
 
     def initialise(self) -> None:
@@ -263,8 +672,148 @@ def vp_step(t: Tensor) -> Tensor:
     return torch.from_numpy(np.interp(own, log_ratio, np.arange(1000.0))).to(t)
 
 
+class Discriminator(DiT):
+    """A number D(x_t, t, y) for each sample: the transformer with one more token in front, read out of that token.
+
+    As in CAFM (arXiv:2604.11521, official code): RMSNorm, no position for the token, no modulation in the head. The head
+    is never zero: with adaLN-zero's zeros before it, D would stay without a gradient for ever. `norm` and the other
+    arguments are DiT's; `predict`, `t_min` and `learn_sigma` mean nothing here.
+    """
+
+    def __init__(self, norm: str = "rms", **config):
+        super().__init__(norm=norm, **config)
+        width = self.config["width"]
+        self.dis_embed = nn.Parameter(0.02 * torch.randn(width))
+        self.final_layer = nn.Sequential(normalisation(norm, width), nn.Linear(width, 1, bias=False))
+
+    def forward(self, x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        """x_t (B, C, h, w), t (B,) in [0, 1], y (B,) int64 -> (B,), float32 or wider."""
+        with torch.autocast(x_t.device.type, self.amp) if self.amp else contextlib.nullcontext():
+            c = self.t_embedder(t) + self.y_embedder(y)                                           # (B, W)
+            x = self.x_embedder(x_t) + self.pos_embed                                             # (B, N, W)
+            x = torch.cat([self.dis_embed.expand(len(x), 1, -1).to(x.dtype), x], 1)              # (B, 1 + N, W)
+            for block in self.blocks:
+                x = block(x, c)
+            out = self.final_layer(x[:, 0])[:, 0]                                                 # (B,)
+        return out.to(torch.promote_types(out.dtype, torch.float32))
+
+
 # --------------------------------------------------------------------------------------------------------------------
-# 3. The zoo
+# 4. Derivatives of a network with respect to its input
+# --------------------------------------------------------------------------------------------------------------------
+#
+# Which way round? A discriminator maps an image to one number: one reverse pass gives its derivative along every
+# direction. A velocity network maps an image to an image: one forward-mode pass gives its derivative along one
+# direction. Each is the wrong tool for the other: reverse mode would need a pass for every output pixel, and forward
+# mode a pass for every direction, at the price of two networks each and with a graph through all of it.
+
+
+def input_gradient(D, x_t: Tensor, t: Tensor, y: Tensor, create_graph: bool = True,
+                   body: str = "plain") -> tuple[Tensor, Tensor, Tensor]:
+    """D (B,), its gradient with respect to x_t (B, C, h, w), and its derivative with respect to t (B,).
+
+    The derivative along any direction (w, 1) is then `along(gradient, slope, w)`. create_graph: for a loss that trains D
+    on these (double backward, by attention `body`); without it they are constants, and attention is fused. Samples must
+    not see each other inside D.
+    """
+    D = bare(D)
+    x_t, t = x_t.detach().requires_grad_(), t.detach().requires_grad_()
+    with torch.enable_grad(), attention_body(body if create_graph else "fused"):
+        out = D(x_t, t, y)
+        gradient, slope = torch.autograd.grad(out.sum(), (x_t, t), create_graph=create_graph, materialize_grads=True)
+    return (out if create_graph else out.detach()), gradient, slope
+
+
+def along(gradient: Tensor, slope: Tensor, w: Tensor) -> Tensor:
+    """J(w) = <grad_x D, w> + dD/dt (B,): the derivative of D along (w, 1) (CAFM, arXiv:2604.11521). Linear in w."""
+    return (gradient * w).flatten(1).sum(1) + slope
+
+
+def directional_derivatives(D, x_t: Tensor, t: Tensor, y: Tensor, directions: Tensor, route: str = "reverse",
+                            body: str = "plain") -> tuple[Tensor, Tensor]:
+    """D (B,) and its derivatives J (K, B) along (w, 1) for each w of `directions` (K, B, C, h, w), all with a graph.
+
+    route "reverse": `input_gradient`, which serves every direction; a loss on J is then double backward.
+    route "forward": torch.func.jvp, mapped over the directions as in CAFM's official code. The same numbers at two to
+    three times the price. Here as the oracle of the other, and to measure it.
+    """
+    if route == "reverse":
+        out, gradient, slope = input_gradient(D, x_t, t, y, body=body)
+        return out, torch.stack([along(gradient, slope, w) for w in directions])
+    if route != "forward":
+        raise ValueError(f"route {route!r}: expected reverse or forward")
+    refuse_compile("a loss on forward-mode derivatives has", "compile nothing around route 'forward', or use 'reverse'")
+    D = bare(D)
+    refuse(D, x_t, t, y, loss_on_tangent=True)
+
+    def one(w):
+        return torch.func.jvp(lambda x_t, t: D(x_t, t, y), (x_t, t), (w, torch.ones_like(t)))
+
+    with attention_body(body):
+        return torch.func.vmap(one, out_dims=(None, 0))(directions)
+
+
+@torch.no_grad()
+def time_derivative(net, x_t: Tensor, t: Tensor, y: Tensor, v: Tensor, r: Tensor | None = None,
+                    body: str = "plain") -> tuple[Tensor, Tensor]:
+    """u = net(x_t, t, y, r) and du/dt = (v . grad_x) u + partial u / partial t along the flow dx_t/dt = v, at fixed r.
+
+    Both have the shape of x_t, and no graph: they are for the target of a loss (MeanFlow, arXiv:2505.13447, Eq. 8), whose
+    gradient comes from an ordinary net(x_t, t, y, r) beside it. That call may be compiled, wrapped by DDP and use fused
+    attention, which this forward-mode pass can not; compile's wrapper is taken off here.
+    """
+    net = bare(net)
+    refuse(net, x_t, t, y, r)
+    with attention_body(body):
+        return torch.func.jvp(lambda x_t, t: net(x_t, t, y, r), (x_t, t), (v, torch.ones_like(t)))
+
+
+def bare(net):
+    """The network without torch.compile's wrapper, which has no second derivative. DDP's wrapper is refused."""
+    if isinstance(net, nn.parallel.DistributedDataParallel):
+        raise ValueError("a derivative through DistributedDataParallel misses its gradient exchange: let DDP wrap the "
+                         "module that takes the derivative (as train.Loss does), not the network inside")
+    return getattr(net, "_orig_mod", net)
+
+
+class _Watch(TorchDispatchMode):
+    """Notes the names of all operators that run, below autograd."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.seen.add(function.name())
+        return function(*args, **(kwargs or {}))
+
+
+_seen = weakref.WeakKeyDictionary()  # network -> names of its operators
+
+
+@torch.no_grad()
+def refuse(net, *inputs, loss_on_tangent: bool = False) -> None:
+    """A ValueError where torch's forward-mode derivative of this network would be wrong without an error.
+
+    Custom operators count as constants there. And the tangent of nn.LayerNorm is right, but the gradient of a loss on it
+    is not (relative error about 1: layer_norm_jvp reads mean and rstd as constants; pytorch issue 196700); double
+    backward through LayerNorm is right. The operators are found by one pass of one sample, the first time.
+    """
+    if net not in _seen:
+        with _Watch() as watch:
+            net(*(x if x is None else x[:1] for x in inputs))
+        _seen[net] = watch.seen
+    custom = [name for name in sorted(_seen[net]) if name.split("::")[0] not in ("aten", "prim", "prims")]
+    if custom:
+        raise ValueError(f"the network calls the custom operator {custom[0]}, which torch.func.jvp takes for a constant: "
+                         f"write it with torch's operators or as a torch.autograd.Function with a jvp")
+    if loss_on_tangent and "aten::native_layer_norm" in _seen[net]:
+        raise ValueError("torch gets the gradient of a loss on a forward-mode derivative of nn.LayerNorm wrong, without "
+                         "an error: create the network with norm='rms', or use route 'reverse'")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# 5. The zoo
 # --------------------------------------------------------------------------------------------------------------------
 
 SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}        # width, depth, heads
@@ -293,7 +842,7 @@ def multiply_adds(net: DiT) -> int:
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# 4. Reading checkpoints: ours, and the official DiT and SiT files
+# 6. Reading checkpoints: ours, and the official DiT and SiT files
 # --------------------------------------------------------------------------------------------------------------------
 
 HEADS = {width: heads for width, _, heads in SIZES.values()}
@@ -413,7 +962,7 @@ def reverse_time(weights: dict) -> dict:
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# 5. Run alone: the zoo, and the attention checked and timed
+# 7. Run alone: the zoo, and the attention checked and timed
 # --------------------------------------------------------------------------------------------------------------------
 
 
@@ -433,9 +982,9 @@ def compare_attention(rounds: int = 5) -> None:
     print(f"{'shape':>18} {'fused error':>12} {'reference error':>16} {'time ratio':>11}")
     for shape in ((64, 4, 16, 32), (8, 6, 256, 64), (2, 6, 1024, 64)):
         q, k, v = (torch.randn(shape, device=device, requires_grad=True) for _ in range(3))
-        exact = attention_reference(q.double(), k.double(), v.double())
-        errors = [((f(q, k, v) - exact).norm() / exact.norm()).item() for f in (attention, attention_reference)]
-        times = {attention: [], attention_reference: []}
+        exact = attention_plain(q.double(), k.double(), v.double())
+        errors = [((f(q, k, v) - exact).norm() / exact.norm()).item() for f in (attention, attention_plain)]
+        times = {attention: [], attention_plain: []}
         for _ in range(rounds + 1):  # the first is a warm-up
             for f in times:
                 start = time.perf_counter()
@@ -444,7 +993,7 @@ def compare_attention(rounds: int = 5) -> None:
                 if device == "cuda":
                     torch.cuda.synchronize()
                 times[f].append(time.perf_counter() - start)
-        ratio = np.median(np.divide(times[attention], times[attention_reference])[1:])
+        ratio = np.median(np.divide(times[attention], times[attention_plain])[1:])
         print(f"{str(shape):>18} {errors[0]:>12.1e} {errors[1]:>16.1e} {ratio:>11.2f}")
 
 
