@@ -15,6 +15,8 @@ Run alone, `python model.py` prints the zoo with parameters and GFLOPs, and chec
 """
 import argparse
 import contextlib
+import ctypes
+import dataclasses
 import math
 import os
 import pickle
@@ -29,6 +31,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+
+import data
 
 try:
     import triton
@@ -106,7 +110,7 @@ def refuse_compile(what: str, instead: str) -> None:
 BODIES = {"fused": attention_fused, "plain": attention_plain, "recompute": attention_recompute,
           "triton": attention_triton}
 _body = "fused"
-QUERIES = 512  # rows of the (N, M) arrays that exist at once
+QUERIES = 256  # rows of the (N, M) arrays that exist at once
 
 
 def pair_forward(q, k, v, dq, dk, dv):
@@ -146,7 +150,7 @@ def pair_backward(q, k, v, dq, dk, dv, O, dO, G, U):
     """
     s, wide = 1 / math.sqrt(q.shape[-1]), torch.promote_types(q.dtype, torch.float32)
     xbar, D = row_sums(O, dO, G, U)
-    rows, columns = [], []
+    rows, columns = [], (0, 0, 0, 0)
     for q, dq, G, U, xbar, D in zip(*(x.split(QUERIES, -2) for x in (q, dq, G, U, xbar, D))):
         P = (s * (q @ k.mT).to(wide)).softmax(-1)
         dS = s * (dq @ k.mT + q @ dk.mT).to(wide)
@@ -155,9 +159,10 @@ def pair_backward(q, k, v, dq, dk, dv, O, dO, G, U):
         gS = P * ((G @ v.mT + (U @ dv.mT).sum(0)).to(wide) - D) + (gdS * W).sum(0)
         P, PW, gS, gdS = (x.to(v.dtype) for x in (P, P * W, s * gS, s * gdS))
         rows.append((gS @ k + (gdS @ dk).sum(0), gdS @ k))
-        columns.append((gS.mT @ q + (gdS.mT @ dq).sum(0), P.mT @ G + (PW.mT @ U).sum(0), gdS.mT @ q, P.mT @ U))
+        part = gS.mT @ q + (gdS.mT @ dq).sum(0), P.mT @ G + (PW.mT @ U).sum(0), gdS.mT @ q, P.mT @ U
+        columns = tuple(total + x for total, x in zip(columns, part))
     gq, gdq = (torch.cat(parts, -2) for parts in zip(*rows))
-    gk, gv, gdk, gdv = (sum(parts) for parts in zip(*columns))
+    gk, gv, gdk, gdv = columns
     return gq, gk, gv, gdq, gdk, gdv
 
 
@@ -966,6 +971,14 @@ def reverse_time(weights: dict) -> dict:
 # --------------------------------------------------------------------------------------------------------------------
 
 
+@dataclasses.dataclass
+class Config:
+    model: str = data.option("", "measure the routes on this network of the zoo; empty: width 384, 3 layers, 4 sizes")
+    batch: int = data.option(2, "its batch size")
+    amp: str = data.option("off", "bfloat16 autocast around its network", ("off", "bf16"))
+    rounds: int = data.option(3, "rounds that a median is taken of")
+
+
 def print_zoo() -> None:
     print(f"{'model':>10} {'parameters':>12} {'GFLOPs':>8}   (multiply-adds of one forward pass of one image)")
     for name in ZOO:
@@ -974,29 +987,214 @@ def print_zoo() -> None:
         print(f"{name:>10} {sum(p.numel() for p in net.parameters()) / 1e6:>11.2f}M {multiply_adds(net) / 1e9:>8.2f}")
 
 
-def compare_attention(rounds: int = 5) -> None:
-    """Fused attention against the reference: error to float64, and times in turn in this process (forward + backward)."""
+def in_turn(calls: dict, rounds: int, device: str) -> dict:
+    """Median seconds of each call (name -> function), all called in turn in each round; the first round does not count."""
+    times = {name: [] for name in calls}
+    for _ in range(rounds + 1):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            times[name].append(time.perf_counter() - start)
+    return {name: np.median(values[1:]) for name, values in times.items()}
+
+
+def peak_megabytes(call, device: str) -> float:
+    """MB that `call` needs on top of what there is: CUDA's count, or Linux's peak resident size (elsewhere: nan)."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        return (torch.cuda.max_memory_allocated() - before) / 1e6
+    if not os.path.exists("/proc/self/clear_refs"):
+        return math.nan
+    with contextlib.suppress(AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)  # or the pages that glibc keeps would hide what a call needs
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")  # set the peak back to the present size
+
+    def kilobytes(field):
+        with open("/proc/self/status") as file:
+            return next(int(line.split()[1]) for line in file if line.startswith(field))
+
+    before = kilobytes("VmRSS")
+    call()
+    return (kilobytes("VmHWM") - before) * 1024 / 1e6
+
+
+def kept_bytes(call) -> int:
+    """Bytes of the tensors that autograd keeps for the backward pass of what `call` returns."""
+    kept = {}
+
+    def note(x):
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+        result = call()
+    del result
+    return sum(kept.values())
+
+
+def attention_derivatives(body: str, q, k, v, dq, dk, dv, G, U) -> dict:
+    """All that one can ask of an attention body: name -> tensors. dq, dk, dv, U have a leading axis of T tangents.
+
+    The value; its gradients along G; its T tangents; the gradients of sum(U * tangents) with respect to q, k, v and the
+    tangents' inputs; and the double backward, gradients of <gradients, first tangents' inputs>.
+    """
+    inputs, tangents = ([x.detach().requires_grad_() for x in part] for part in ((q, k, v), (dq, dk, dv)))
+    with attention_body(body):
+        O = attention(*inputs)
+        gradient = torch.autograd.grad(O, inputs, G, create_graph=body != "fused")
+        if body == "fused":
+            return {"value": [O], "gradient": gradient}
+        dO = torch.func.vmap(lambda *w: torch.func.jvp(attention, tuple(inputs), w)[1])(*tangents)
+        through_tangent = torch.autograd.grad((U * dO).sum(), inputs + tangents)
+        double = torch.autograd.grad(gradient, inputs, [x[0] for x in tangents])
+    return {"value": [O], "gradient": gradient, "tangent": [dO], "gradient of tangent": through_tangent,
+            "double backward": double}
+
+
+def largest_error(found: dict, exact: dict) -> float:
+    """Of all tensors, the largest |found - exact| / |exact|, norms over the tensor."""
+    return max(((a - b).norm() / b.norm()).item() for name in found for a, b in zip(found[name], exact[name]))
+
+
+def attention_tasks(body: str, q, k, v, G) -> dict:
+    """What the table times: name -> call, or None where the body cannot."""
+    inputs = [x.detach().requires_grad_() for x in (q, k, v)]
+    dq = torch.stack([q, v])
+
+    def backward():
+        torch.autograd.grad(attention(*inputs), inputs, G)
+
+    @torch.no_grad()
+    def tangent():
+        torch.func.jvp(attention, (q, k, v), (k, v, q))
+
+    def through_tangents():
+        dO = torch.func.vmap(lambda w: torch.func.jvp(attention, tuple(inputs), (w, w, w))[1])(dq)
+        torch.autograd.grad(dO.sum(), inputs)
+
+    def gradients():
+        return torch.autograd.grad(attention(*inputs), inputs, G, create_graph=True)
+
+    def double_backward():
+        torch.autograd.grad(gradients(), inputs, [G, G, G])
+
+    def by(call):
+        def with_body():
+            with attention_body(body):
+                return call()
+        return with_body
+
+    derivative = (tangent, through_tangents, double_backward, gradients)
+    return {call.__name__: None if body == "fused" and call in derivative else by(call) for call in (backward, *derivative)}
+
+
+def compare_attention(device: str, rounds: int) -> None:
+    """Each body's errors, times and kept memory at several numbers of tokens."""
+    bodies = [name for name in BODIES if name != "triton" or (triton and device == "cuda")]
+    print(f"\nattention on {device}, (B, H, N, d) float32. error: largest of value, gradients, tangents, gradients of "
+          f"tangents and double\nbackward, relative to float64. Times as multiples of fused forward + backward (median of "
+          f"{rounds} rounds, all in turn).\nkept: MB that autograd holds for the double backward.")
+    print(f"{'shape':>16} {'body':>10} {'error':>8} {'forward +':>10} {'1 tangent,':>11} {'2 tangents':>11} {'double':>9} "
+          f"{'kept':>7}\n{'':>16} {'':>10} {'':>8} {'backward':>10} {'no graph':>11} {'+ backward':>11} {'backward':>9} {'MB':>7}")
+    for shape in ((16, 4, 16, 32), (8, 6, 64, 64), (4, 6, 257, 72), (1, 6, 1024, 64)):
+        q, k, v, G = torch.randn(4, *shape, device=device).unbind()
+        tangents = torch.randn(4, 2, *shape, device=device)
+        exact = attention_derivatives("plain", *(x.double() for x in (q, k, v, *tangents[:3], G, tangents[3])))
+        tasks = {body: attention_tasks(body, q, k, v, G) for body in bodies}
+        times = in_turn({(body, name): call for body in bodies for name, call in tasks[body].items()
+                         if call and name != "gradients"}, rounds, device)
+        for body in bodies:
+            error = largest_error(attention_derivatives(body, q, k, v, *tangents[:3], G, tangents[3]), exact)
+            ratios = [times.get((body, name), math.nan) / times["fused", "backward"]
+                      for name in ("backward", "tangent", "through_tangents", "double_backward")]
+            kept = kept_bytes(tasks[body]["gradients"]) / 1e6 if body != "fused" else math.nan
+            cells = [f"{r:.2f}" if r == r else "-" for r in ratios] + [f"{kept:.1f}" if kept == kept else "-"]
+            print(f"{str(shape):>16} {body:>10} {error:>8.0e} {cells[0]:>10} {cells[1]:>11} {cells[2]:>11} {cells[3]:>9} "
+                  f"{cells[4]:>7}")
+
+
+def derivative_steps(G: DiT, D: Discriminator, x_t, t, y, v, u) -> dict:
+    """name -> one step of training, up to its gradients: flow matching, and the losses on derivatives by each route."""
+    def flow_matching():
+        (G(x_t, t, y) - v).square().mean().backward()
+
+    def discriminator(route, body):
+        out, (real, fake) = directional_derivatives(D, x_t, t, y, torch.stack([v, u]), route, body)
+        ((real - 1).square().mean() + (fake + 1).square().mean() + 1e-3 * out.square().mean()).backward()
+
+    def generator():
+        w = u.detach().requires_grad_()
+        _, gradient, slope = input_gradient(D, x_t, t, y, create_graph=False)
+        (along(gradient, slope, w) - 1).square().mean().backward()
+
+    def generator_forward_mode():
+        w = u.detach().requires_grad_()
+        D.requires_grad_(False)
+        with attention_body("plain"):
+            J = torch.func.jvp(lambda x_t, t: D(x_t, t, y), (x_t, t), (w, torch.ones_like(t)))[1]
+        (J - 1).square().mean().backward()
+        D.requires_grad_(True).pos_embed.requires_grad_(False)
+
+    def mean_flow():
+        _, du = time_derivative(G, x_t, t, y, v)
+        (G(x_t, t, y) - (v - t.view(-1, 1, 1, 1) * du)).square().mean().backward()
+
+    return {"flow matching": flow_matching,
+            "D step: double backward, plain": lambda: discriminator("reverse", "plain"),
+            "D step: double backward, recompute": lambda: discriminator("reverse", "recompute"),
+            "D step: 2 forward tangents, plain": lambda: discriminator("forward", "plain"),
+            "D step: 2 forward tangents, recompute": lambda: discriminator("forward", "recompute"),
+            "G step through D: input gradient, fused": generator,
+            "G step through D: forward tangent, plain": generator_forward_mode,
+            "time derivative, then flow matching": mean_flow}
+
+
+def compare_routes(cfg: Config, device: str, size: int, batch: int) -> None:
+    """Time of each route as a multiple of a flow-matching step of the same network and batch, and peak memory."""
+    options = dict(ZOO[cfg.model]) if cfg.model else dict(width=384, depth=3, heads=6, input_size=size)
+    torch.manual_seed(0)
+    G, D = DiT(**options).to(device), Discriminator(**options).to(device)
+    for p in (*G.parameters(), *D.parameters()):
+        if p.requires_grad:
+            nn.init.normal_(p, std=0.02)  # adaLN-zero's zeros would hide nothing from the clock, but look odd
+    G.amp = D.amp = torch.bfloat16 if cfg.amp == "bf16" else None
+    x_t, v, u = torch.randn(3, batch, *G.shape, device=device).unbind()
+    t, y = torch.rand(batch, device=device), torch.randint(0, G.num_classes, (batch,), device=device)
+
+    def alone(step):
+        def run():
+            for p in (*G.parameters(), *D.parameters()):
+                p.grad = None
+            step()
+        return run
+
+    steps = {name: alone(step) for name, step in derivative_steps(G, D, x_t, t, y, v, u).items()}
+    times = in_turn(steps, cfg.rounds, device)
+    print(f"\n{cfg.model or 'width 384, 3 layers'}, {G.pos_embed.shape[1]} tokens, batch {batch}, network in "
+          f"{'bfloat16' if G.amp else 'float32'}; flow-matching step {times['flow matching']:.3f} s")
+    for name, step in steps.items():
+        print(f"{name:>42} {times[name] / times['flow matching']:>7.2f} x {peak_megabytes(step, device):>8.0f} MB")
+
+
+def main(argv: list[str] | None = None) -> None:
+    cfg = data.parse(Config, argv, "Print the zoo; check and time the attention bodies and the derivative routes.")
+    if cfg.model and cfg.model not in ZOO:
+        raise ValueError(f"no model {cfg.model!r}: choose one of {', '.join(ZOO)}")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    print(f"\nfused attention on {device}, (B, H, N, d) float32: error relative to float64, and time of forward and "
-          f"backward\nas a ratio to the reference (median of {rounds} rounds, both in turn)")
-    print(f"{'shape':>18} {'fused error':>12} {'reference error':>16} {'time ratio':>11}")
-    for shape in ((64, 4, 16, 32), (8, 6, 256, 64), (2, 6, 1024, 64)):
-        q, k, v = (torch.randn(shape, device=device, requires_grad=True) for _ in range(3))
-        exact = attention_plain(q.double(), k.double(), v.double())
-        errors = [((f(q, k, v) - exact).norm() / exact.norm()).item() for f in (attention, attention_plain)]
-        times = {attention: [], attention_plain: []}
-        for _ in range(rounds + 1):  # the first is a warm-up
-            for f in times:
-                start = time.perf_counter()
-                for _ in range(3):
-                    f(q, k, v).sum().backward()
-                if device == "cuda":
-                    torch.cuda.synchronize()
-                times[f].append(time.perf_counter() - start)
-        ratio = np.median(np.divide(times[attention], times[attention_plain])[1:])
-        print(f"{str(shape):>18} {errors[0]:>12.1e} {errors[1]:>16.1e} {ratio:>11.2f}")
+    if not cfg.model:
+        print_zoo()
+        compare_attention(device, cfg.rounds)
+    print(f"\nderivative routes on {device}, torch {torch.__version__}: time as a multiple of a flow-matching step (median of "
+          f"{cfg.rounds} rounds, all in turn),\npeak memory of the step. D step: CAFM's loss on two directions, without "
+          f"making u; G step: the part through D only.")
+    for size, batch in [(0, cfg.batch)] if cfg.model else [(8, 4), (16, 4), (32, 2), (64, 1)]:
+        compare_routes(cfg, device, size, batch)
 
 
 if __name__ == "__main__":
-    print_zoo()
-    compare_attention()
+    data.run_cli(main)
