@@ -30,6 +30,9 @@ import torch
 import torch.nn as nn
 from PIL import Image
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before model.py is imported: its kernels then run on a CPU
+
 import data
 import fid
 import losses
@@ -76,10 +79,10 @@ def torchrun(processes: int, *command) -> subprocess.CompletedProcess:
     return done
 
 
-def tiny(**options) -> model.DiT:
+def tiny(cls=None, **options):
     """A network of 8 x 8 pixels with random weights everywhere, also where adaLN-zero starts with zeros."""
     torch.manual_seed(0)
-    net = model.DiT(**dict(input_size=8, patch=2, channels=3, width=32, depth=2, heads=2, num_classes=10) | options)
+    net = (cls or model.DiT)(**dict(input_size=8, patch=2, channels=3, width=32, depth=2, heads=2, num_classes=10) | options)
     for p in net.parameters():
         if p.requires_grad:
             nn.init.normal_(p, std=0.2)
@@ -499,16 +502,499 @@ def test_model_pieces_follow_dit():
     assert not torch.allclose(out, net(x, t + 0.05, y))
 
 
-def test_model_attention_is_softmax_attention():
-    """Fused attention equals softmax(q k^T / sqrt d) v in value and gradient, in float64, with large logits too."""
-    for n, d, size in ((1, 8, 1), (17, 32, 1), (64, 72, 30)):
-        q, k, v = (size * torch.randn(2, 3, n, d, dtype=torch.float64, requires_grad=True) for _ in range(3))
-        got, want = model.attention(q, k, v), model.attention_plain(q, k, v)
-        weight = torch.randn_like(got)
-        for a, b in zip(torch.autograd.grad((got * weight).sum(), (q, k, v)),
-                        torch.autograd.grad((want * weight).sum(), (q, k, v))):
-            assert (a - b).abs().max() < 1e-9 * max(1, b.abs().max())
-        assert (got - want).abs().max() < 1e-10
+def naive(q, k, v):
+    """softmax(q k^T / sqrt d) v in the plainest steps there are."""
+    S = torch.einsum("bhnd,bhmd->bhnm", q, k) / q.shape[-1] ** 0.5
+    e = torch.exp(S - S.amax(-1, keepdim=True).detach())
+    return torch.einsum("bhnm,bhmd->bhnd", e / e.sum(-1, keepdim=True), v)
+
+
+def attention_inputs(N, M, d, size=1.0, T=2):
+    """q, k, v, T tangents of each, and the cotangents G and U of value and tangents, in float64."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 2, n, d, dtype=torch.float64) for n in (N, M, M))
+    dq, dk, dv = (torch.randn(T, *x.shape, dtype=torch.float64) for x in (q, k, v))
+    return size * q, k, v, dq, dk, dv, torch.randn_like(q), torch.randn_like(dq)
+
+
+def attention_error(body, dtype, *inputs) -> float:
+    """Largest relative error of everything one can ask of a body, against the naive steps in float64."""
+    model.BODIES["naive"] = naive
+    exact = model.attention_derivatives("naive", *inputs)
+    found = model.attention_derivatives(body, *(x.to(dtype) for x in inputs))
+    del model.BODIES["naive"]
+    largest = 0.0
+    for name, tensors in found.items():
+        for a, b in zip(tensors, exact[name]):
+            assert a.dtype == dtype and a.shape == b.shape, name
+            largest = max(largest, ((a.double() - b).norm() / b.norm().clamp_min(1)).item())  # some are 0 where N = 1
+    return largest
+
+
+@pytest.mark.parametrize("body", ["fused", "plain", "recompute"])
+def test_model_attention_and_all_its_derivatives(body, monkeypatch):
+    """Value, gradients, tangents, gradients of tangents (to q, k, v and to the tangents' inputs) and double backward of
+    each body against naive float64 attention, for two tangents at once, cross lengths, large logits and several blocks
+    of queries: 1e-10 in float64, 1e-5 in float32. (Fused: value and gradients. Logits of 150 have float32 errors of
+    1e-5 themselves: there the bound is twice naive float32's error.)"""
+    shapes = [(N, N, d, 1) for N in (1, 17, 64, 257) for d in (8, 32, 64, 72, 80)]
+    for N, M, d, size in shapes + [(17, 40, 72, 1), (64, 5, 8, 1), (64, 64, 32, 10), (64, 64, 32, 30)]:
+        inputs = attention_inputs(N, M, d, size)
+        bound = 1e-5 if size < 30 else 2 * attention_error("naive", torch.float32, *inputs)
+        for queries in (256, 16):
+            monkeypatch.setattr(model, "QUERIES", queries)
+            assert attention_error(body, torch.float64, *inputs) < 1e-10, (N, M, d, size)
+            assert attention_error(body, torch.float32, *inputs) < bound, (N, M, d, size)
+
+
+def test_model_recompute_in_half_precision():
+    """In bfloat16 and float16 the recomputing body is as exact as plain steps in that dtype (float32 between products)."""
+    inputs = attention_inputs(64, 64, 32)
+    for dtype, bound in ((torch.bfloat16, 2e-2), (torch.float16, 3e-3)):
+        own, plain = (attention_error(body, dtype, *inputs) for body in ("recompute", "plain"))
+        assert own < bound and own < 2 * plain, (dtype, own, plain)
+
+
+def test_model_recompute_passes_gradgradcheck():
+    """torch's own numerical checks: backward, forward mode, batched gradients, double backward, and the backward of a
+    call with two tangents."""
+    q, k, v, dq, dk, dv, *_ = (x[..., :1, :, :].requires_grad_() for x in attention_inputs(5, 3, 4))
+    assert torch.autograd.gradcheck(model.attention_recompute, (q, k, v), check_forward_ad=True, check_batched_grad=True)
+    assert torch.autograd.gradgradcheck(model.attention_recompute, (q, k, v))
+    assert torch.autograd.gradcheck(lambda *x: model.Attend.apply(model.TORCH, *x)[:2], (q, k, v, dq, dk, dv))
+
+
+def test_model_recompute_under_torch_func():
+    """vmap over q, k, v (alone, under jvp, under grad), nested grad: as for plain steps. What is not there is an error."""
+    func = torch.func
+    stacks = [torch.randn(3, 2, 2, n, 4, dtype=torch.float64) for n in (6, 5, 5)]
+    w = [torch.randn_like(x) for x in stacks]
+    cases = {
+        "vmap": lambda f: func.vmap(f)(*stacks),
+        "vmap over q": lambda f: func.vmap(f, (0, None, None))(stacks[0], stacks[1][0], stacks[2][0]),
+        "vmap of jvp": lambda f: func.vmap(lambda p, t: func.jvp(f, p, t)[1])(tuple(stacks), tuple(w)),
+        "vmap over one tangent": lambda f: func.vmap(lambda t: func.jvp(
+            f, tuple(x[0] for x in stacks), (t, w[1][0], w[2][0]))[1])(w[0]),
+        "vmap of grad": lambda f: func.vmap(func.grad(lambda *p: f(*p).square().sum()))(*stacks),
+        "grad of grad": lambda f: func.grad(lambda q: func.grad(lambda z: f(z, stacks[1][0], stacks[2][0]).square().sum())(
+            q).square().sum())(stacks[0][0]),
+        "grad of jvp": lambda f: func.grad(lambda q: func.jvp(
+            lambda z: f(z, stacks[1][0], stacks[2][0]), (q,), (w[0][0],))[1].square().sum())(stacks[0][0]),
+    }
+    for name, case in cases.items():
+        assert (case(model.attention_recompute) - case(naive)).abs().max() < 1e-11, name
+    q, k, v = (x[0].requires_grad_() for x in stacks)
+    with pytest.raises(NotImplementedError, match="one forward-mode derivative"):
+        func.jvp(lambda z: func.jvp(lambda x: model.attention_recompute(x, k, v), (z,), (w[0][0],))[1], (q,), (w[0][0],))
+    first, = torch.autograd.grad(model.attention_recompute(q, k, v).square().sum(), q, create_graph=True)
+    second, = torch.autograd.grad(first.square().sum(), q, create_graph=True)
+    with pytest.raises(NotImplementedError, match="differentiable twice"):
+        second.square().sum().backward()
+
+
+def test_model_recompute_keeps_memory_linear_in_tokens():
+    """What autograd holds for a double backward: proportional to N for 'recompute', to N^2 for 'plain'."""
+    kept = {}
+    for body in ("plain", "recompute"):
+        for N in (256, 1024, 2048):
+            q, k, v, G = torch.randn(4, 1, 1, N, 16).unbind()
+            kept[body, N] = model.kept_bytes(model.attention_tasks(body, q, k, v, G)["gradients"])
+    row = 4 * 2048 * 16
+    assert kept["recompute", 2048] <= 12 * row, "q, k, v, O, G and the gradients"
+    for N in (1024, 2048):
+        growth = {body: kept[body, N] / kept[body, 256] for body in ("plain", "recompute")}
+        assert abs(growth["recompute"] / (N / 256) - 1) < 0.01 and growth["plain"] > 0.9 * (N / 256) ** 2, growth
+
+
+def test_model_attention_body_is_chosen_in_the_open(monkeypatch):
+    """Fused unless asked otherwise, and again after the block, also after an error in it; fused has no forward mode and
+    says what to do; derivative routes choose their own body."""
+    q, k, v = torch.randn(3, 1, 2, 5, 8).unbind()
+    used = []
+    for name, body in list(model.BODIES.items()):
+        monkeypatch.setitem(model.BODIES, name, lambda q, k, v, name=name, body=body: (used.append(name), body(q, k, v))[1])
+    with pytest.raises(NotImplementedError, match="attention_body"):
+        torch.func.jvp(model.attention, (q, k, v), (q, k, v))
+    with pytest.raises(ZeroDivisionError), model.attention_body("recompute"):
+        with model.attention_body("plain"):
+            model.attention(q, k, v)
+        model.attention(q, k, v)
+        1 / 0
+    model.attention(q, k, v)
+    assert used == ["fused", "plain", "recompute", "fused"]
+    raises(lambda: model.attention_body("flash").__enter__(), "'flash'", "recompute")
+    D, x, t, y = tiny(cls=model.Discriminator), torch.randn(2, 3, 8, 8), torch.rand(2), torch.tensor([1, 2])
+    for call, body in ((lambda: model.input_gradient(D, x, t, y), "plain"),
+                       (lambda: model.input_gradient(D, x, t, y, body="recompute"), "recompute"),
+                       (lambda: model.input_gradient(D, x, t, y, create_graph=False), "fused"),
+                       (lambda: model.time_derivative(tiny(), x, t, y, x, body="recompute"), "recompute"),
+                       (lambda: model.directional_derivatives(D, x, t, y, x[None], "forward", "recompute"), "recompute")):
+        used.clear()
+        call()
+        assert used[-2:] == 2 * [body], used
+
+
+needs_triton = pytest.mark.skipif(model.triton is None, reason="Triton is not installed (pip install triton)")
+
+
+@needs_triton
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the kernels are tested compiled, not interpreted")
+def test_model_triton_kernels_interpreted():
+    """The Triton kernels in Triton's interpreter: everything, as for the other bodies, in float32 and float16, head
+    sizes that are no powers of two, cross lengths, ragged tiles. (The interpreter cannot do bfloat16.)"""
+    for N, M, d, T in ((17, 17, 8, 2), (33, 20, 72, 1), (5, 34, 80, 1)):
+        inputs = [x[:, :1] if x.dim() == 4 else x[:, :, :1] for x in attention_inputs(N, M, d, T=T)]
+        assert attention_error("triton", torch.float32, *inputs) < 1e-5, (N, M, d)
+        assert attention_error("triton", torch.float16, *inputs) < 3e-3, (N, M, d)
+
+
+@needs_triton
+def test_model_triton_kernels_compile_for_an_h100():
+    """Every kernel becomes sm_90 machine code (no GPU is needed for that), for bfloat16 and head size 72."""
+    script = """
+import triton, model, torch
+from triton.compiler import ASTSource
+from triton.backends.compiler import GPUTarget
+q = torch.empty(1, 1, 1, 72, dtype=torch.bfloat16)
+options = model._launch_options(q)
+build = {k: options.pop(k) for k in ("num_warps", "num_stages")}
+for kernel, more in ((model.forward_kernel, {}), (model.backward_kernel, dict(QUERIES_SIDE=True)),
+                     (model.backward_kernel, dict(QUERIES_SIDE=False))):
+    constants = options | more | dict(TANGENT=True)
+    kinds = dict(N="i32", M="i32", d="i32", s="fp32", lse="*fp32", mu="*fp32", xbar="*fp32", D="*fp32")
+    signature = {a: "constexpr" if a in constants else kinds.get(a, "*bf16") for a in kernel.arg_names}
+    made = triton.compile(ASTSource(kernel, signature, constants), target=GPUTarget("cuda", 90, 32), options=build)
+    print(kernel.__name__, len(made.asm["cubin"]), made.metadata.shared)
+    assert made.metadata.shared <= 227 * 1024
+"""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(HERE)}
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.count("kernel") == 3, done.stderr[-2000:]
+
+
+@needs_triton
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("N", [256, 257, 1024, 4096])
+def test_model_triton_kernels_on_a_gpu(N):
+    """The compiled kernels: everything, in float32 and bfloat16, head sizes 64, 72, 80."""
+    for d in (64, 72, 80):
+        inputs = [x.cuda() for x in attention_inputs(N, N, d)]
+        assert attention_error("triton", torch.float32, *inputs) < 2e-5, d
+        assert attention_error("triton", torch.bfloat16, *inputs) < 3e-2, d
+
+
+def test_model_triton_refusals(monkeypatch):
+    """No Triton, no GPU, or float64: one line that names the way out."""
+    q = torch.randn(1, 1, 4, 8)
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    monkeypatch.setattr(model, "triton", model.triton or object())
+    with model.attention_body("triton"):
+        raises(lambda: model.attention(q, q, q), "GPU", "recompute")
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+        raises(lambda: model.attention(q.double(), q.double(), q.double()), "float64", "recompute")
+        monkeypatch.setattr(model, "triton", None)
+        raises(lambda: model.attention(q, q, q), "Triton", "recompute")
+
+
+def golden_pair() -> tuple:
+    """The official CAFM generator and discriminator on formula weights, in our time, and their golden inputs."""
+    size = dict(input_size=8, patch=2, channels=4, width=48, depth=2, heads=4, num_classes=11, null_class=False)
+    nets = model.DiT(**size, learn_sigma=True), model.Discriminator(**size)
+    for net in nets:
+        state = golden_weights({k: v.shape for k, v in net.state_dict().items() if k != "pos_embed"})
+        head = {f"final_layer.linear.{k}": torch.zeros(1) for k in ("weight", "bias")}  # of the generator: to change sign
+        state = model.reverse_time(head | state)
+        net.load_state_dict({k: v for k, v in state.items() if k in net.state_dict()} | {"pos_embed": net.pos_embed})
+    x, e = wave((2, 4, 8, 8), .37), wave((2, 4, 8, 8), .53, 1.0)
+    t, y = torch.tensor([.2, .7]), torch.tensor([1, 10])
+    return *nets, losses.interpolate(x, e, t), t, y, e - x
+
+
+def gradient_norm(loss, net) -> float:
+    parts = torch.autograd.grad(loss, [p for p in net.parameters() if p.requires_grad])
+    return torch.cat([part.flatten() for part in parts]).norm().item()
+
+
+def test_model_golden_cafm():
+    """The official CAFM numbers: velocity, D, both directional derivatives, both losses and both gradient norms, by every
+    route and body."""
+    G, D, x_t, t, y, v = golden_pair()
+    u = G(x_t, t, y)
+    check_golden(u, 0.0317792402, 1.6248876383, [0, 1, 170, 256, 511],
+                 [1.5609451532, -0.2998266816, 2.4345626831, 2.8032081127, 2.0174293518], 1e-5)
+    for route, body in (("reverse", "plain"), ("reverse", "recompute"), ("forward", "plain"), ("forward", "recompute")):
+        out, J = model.directional_derivatives(D, x_t, t, y, torch.stack([v, u.detach()]), route, body)
+        close(out, [-2.4347384, -2.1182718])
+        close(J, [[0.2932510, 0.3373561], [-0.5408010, -1.4004097]])
+        loss = (J[0] - 1).square().mean() + (J[1] + 1).square().mean() + 1e-3 * out.square().mean()
+        close(torch.stack([loss, torch.tensor(gradient_norm(loss, D))]) / torch.tensor([0.6600989, 146.657721]), [1., 1.])
+    _, gradient, slope = model.input_gradient(D, x_t, t, y, create_graph=False)
+    loss = (model.along(gradient, slope, u) - 1).square().mean()
+    close(torch.tensor([loss.item() / 4.0680223, gradient_norm(loss, G) / 55.714905]), [1., 1.])
+
+
+def test_model_discriminator_is_alive_from_the_start():
+    """A fresh D has adaLN-zero's dead gates and a live head: J = 0, and a gradient that ends that."""
+    torch.manual_seed(0)
+    D = model.Discriminator(input_size=8, channels=3, width=32, depth=2, heads=2, num_classes=10)
+    assert D.dis_embed.shape == (32,) and D.final_layer[1].weight.shape == (1, 32) and D.final_layer[1].bias is None
+    x, t, y = torch.randn(4, 3, 8, 8), torch.rand(4), torch.arange(4)
+    out, J = model.directional_derivatives(D, x, t, y, torch.randn(2, 4, 3, 8, 8))
+    assert out.shape == (4,) and J.abs().max() == 0
+    ((J[0] - 1).square().mean() + (J[1] + 1).square().mean()).backward()
+    assert D.blocks[0].adaLN_modulation[1].weight.grad.norm() > 1e-3
+    raises(lambda: model.DiT(norm="batch"), "'batch'", "rms")
+
+
+class Derivatives:
+    """Inputs in float64 for losses on derivatives of a network with random weights everywhere."""
+
+    def __init__(self, net):
+        torch.manual_seed(1)
+        self.net = net.double()
+        shape = (3, *getattr(net, "shape", (2,)))
+        self.x_t, self.v, self.u, self.w = torch.randn(4, *shape, dtype=torch.float64).unbind()
+        self.t, self.r = torch.tensor([.1, .5, .9], dtype=torch.float64), torch.tensor([0., .2, .6], dtype=torch.float64)
+        self.y = torch.tensor([0, 1, 2]) % getattr(net, "num_classes", 1)
+
+    def cafm_D(self, route, body):
+        """CAFM's loss of the discriminator, which differentiates derivatives."""
+        out, (real, fake) = model.directional_derivatives(self.net, self.x_t, self.t, self.y, torch.stack([self.v, self.u]),
+                                                          route, body)
+        return (real - 1).square().mean() + (fake + 1).square().mean() + 1e-3 * out.square().mean()
+
+    def jvp_loss(self, through=lambda tangent: tangent):
+        """A loss on a forward-mode derivative, straight from torch.func: without the refusals of model.py."""
+        with model.attention_body("plain"):
+            _, J = torch.func.jvp(lambda x, t: self.net(x, t, self.y), (self.x_t, self.t), (self.v, torch.ones_like(self.t)))
+        return (through(J) - 1).square().mean()
+
+
+def check_parameter_gradient(loss, net, directions=3, step=1e-5, tolerance=1e-6) -> None:
+    """d loss / d parameters, by autograd, equals central differences along random directions, in float64.
+
+    The test for everything that differentiates a derivative: nothing of autograd is used on the other side.
+    """
+    parameters = [p for p in net.parameters() if p.requires_grad]
+    gradient = torch.autograd.grad(loss(), parameters, allow_unused=True, materialize_grads=True)
+    count = sum(p.numel() for p in parameters)
+    typical = torch.cat([g.flatten() for g in gradient]).norm().item() / count ** 0.5  # derivative along a unit vector
+    for seed in range(directions):
+        rng = torch.Generator().manual_seed(seed)
+        direction = [torch.randn(p.shape, generator=rng, dtype=p.dtype) / count ** 0.5 for p in parameters]
+        values = []
+        for sign in (1, -2, 1):  # loss at + step, at - step, and back
+            with torch.no_grad():
+                for p, d in zip(parameters, direction):
+                    p.add_(d, alpha=sign * step)
+            values.append(loss().item())
+        found = sum((g * d).sum().item() for g, d in zip(gradient, direction))
+        difference = (values[0] - values[1]) / (2 * step)
+        assert abs(found - difference) < tolerance * typical, f"autograd {found:.9f}, differences {difference:.9f}"
+
+
+class PointD(nn.Module):
+    """A discriminator of points (B, D)."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(3, 16), nn.SiLU(), nn.LayerNorm(16), nn.Linear(16, 1))
+
+    def forward(self, x_t, t, y):
+        return self.layers(torch.cat([x_t, t[:, None]], 1))[:, 0]
+
+
+DISCRIMINATORS = {"transformer": lambda: tiny(cls=model.Discriminator),
+                  "transformer with LayerNorm": lambda: tiny(cls=model.Discriminator, norm="layer"), "points": PointD}
+DERIVATIVE_LOSSES = {  # every loss that differentiates a derivative: name -> (network, loss of Derivatives)
+    **{f"CAFM D, {kind}, reverse, {body}": (make, lambda case, body=body: case.cafm_D("reverse", body))
+       for kind, make in DISCRIMINATORS.items() for body in ("plain", "recompute")},
+    **{f"CAFM D, transformer, forward, {body}": (DISCRIMINATORS["transformer"],
+                                                 lambda case, body=body: case.cafm_D("forward", body))
+       for body in ("plain", "recompute")},
+    **{f"jvp, {predict}, {norm}": (lambda predict=predict: tiny(norm="rms", predict=predict), Derivatives.jvp_loss)
+       for predict, norm in (("v", "rms"), ("x", "rms"))},
+    "jvp, points": (lambda: losses.PointNet(2), Derivatives.jvp_loss),
+}
+
+
+@pytest.mark.parametrize("name", DERIVATIVE_LOSSES)
+def test_model_losses_on_derivatives_have_right_gradients(name):
+    """Directional finite differences of the loss in parameter space against autograd, in float64."""
+    make, loss = DERIVATIVE_LOSSES[name]
+    case = Derivatives(make())
+    check_parameter_gradient(lambda: loss(case), case.net)
+
+
+class NoTangent(torch.autograd.Function):
+    """Attention whose forward-mode rule is dropped."""
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(q, k, v):
+        return model.attention_plain(q, k, v)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, G):
+        return torch.func.vjp(model.attention_plain, *ctx.saved_tensors)[1](G)
+
+    @staticmethod
+    def jvp(ctx, dq, dk, dv):
+        return torch.zeros_like(dq)
+
+
+def test_model_finite_differences_catch_what_torch_does_not(monkeypatch):
+    """The check above fails for LayerNorm under forward mode, a tangent without a graph, and tangents that a rule drops.
+
+    The last is consistent with itself, so the parameter check cannot see it: differences in (x, t) do."""
+    layer = Derivatives(tiny(norm="layer"))
+    with pytest.raises(AssertionError):
+        check_parameter_gradient(layer.jvp_loss, layer.net)
+    rms = Derivatives(tiny(norm="rms"))
+    check_parameter_gradient(rms.jvp_loss, rms.net)
+    with pytest.raises(AssertionError):
+        check_parameter_gradient(lambda: rms.jvp_loss(lambda J: J.detach() + 0 * rms.net(rms.x_t, rms.t, rms.y)), rms.net)
+    check_input_derivative(rms)
+    monkeypatch.setitem(model.BODIES, "plain", NoTangent.apply)
+    with pytest.raises(AssertionError):
+        check_input_derivative(rms)
+
+
+def check_input_derivative(case, body="plain", step=1e-5) -> None:
+    """time_derivative's du/dt equals central differences of the network along (v, 1), and has no graph."""
+    u, du = model.time_derivative(case.net, case.x_t, case.t, case.y, case.v, body=body)
+    with torch.no_grad():
+        ahead, behind = (case.net(case.x_t + s * case.v, case.t + s, case.y) for s in (step, -step))
+        assert (u - case.net(case.x_t, case.t, case.y)).abs().max() < 1e-12
+    assert not du.requires_grad and (du - (ahead - behind) / (2 * step)).norm() < 1e-7 * du.norm()
+
+
+def test_model_input_derivatives():
+    """d/dt along the flow of every network class, by each body, and the input gradient of D, against differences."""
+    for make in (lambda: tiny(), lambda: tiny(norm="rms", predict="x"), lambda: losses.PointNet(2)):
+        for body in ("plain", "recompute"):
+            check_input_derivative(Derivatives(make()), body)
+    for make in DISCRIMINATORS.values():
+        case = Derivatives(make())
+        out, gradient, slope = model.input_gradient(case.net, case.x_t, case.t, case.y, create_graph=False)
+        assert not (out.requires_grad or gradient.requires_grad or slope.requires_grad)
+        with torch.no_grad():
+            ahead, behind = (case.net(case.x_t + s * case.w, case.t + s, case.y) for s in (1e-5, -1e-5))
+        assert (model.along(gradient, slope, case.w) - (ahead - behind) / 2e-5).norm() < 1e-7 * slope.norm().clamp_min(1)
+    case.net.forward = lambda x_t, t, y: x_t.sum(1)  # a network that does not look at the time
+    assert model.input_gradient(case.net, case.x_t, case.t, case.y)[2].tolist() == [0, 0, 0]
+
+
+def test_model_routes_agree():
+    """Double backward and mapped forward mode give D, J and the gradient of CAFM's loss equal to 1e-9 in float64."""
+    case = Derivatives(tiny(cls=model.Discriminator))
+    found = [(case.cafm_D(route, body), torch.autograd.grad(case.cafm_D(route, body), [
+        p for p in case.net.parameters() if p.requires_grad])) for route in ("reverse", "forward")
+        for body in ("plain", "recompute")]
+    for loss, gradient in found[1:]:
+        assert abs(loss / found[0][0] - 1) < 1e-9
+        assert all((a - b).norm() <= 1e-9 * b.norm() for a, b in zip(gradient, found[0][1]))
+    raises(lambda: case.cafm_D("sideways", "plain"), "'sideways'", "reverse")
+
+
+class CustomOperator(nn.Module):
+    def forward(self, x_t, t, y, r=None):
+        return torch.ops.triflow_test.cosine(x_t).flatten(1).sum(1) if y is not None else x_t
+
+
+def test_model_refuses_what_torch_gets_wrong():
+    """LayerNorm under a loss on a tangent, custom operators under jvp, DDP inside a derivative, compile around a
+    hand-written derivative: an error that names the way out, where torch would return a wrong number."""
+    case = Derivatives(tiny(cls=model.Discriminator, norm="layer"))
+    raises(lambda: case.cafm_D("forward", "plain"), "LayerNorm", "norm='rms'", "reverse")
+    model.time_derivative(tiny(), *(x.float() for x in (case.x_t, case.t)), case.y, case.v.float())  # no loss on it: fine
+
+    @torch.library.custom_op("triflow_test::cosine", mutates_args=())
+    def cosine(x: torch.Tensor) -> torch.Tensor:
+        return x.cos()
+
+    inputs = case.x_t, case.t, case.y
+    _, wrong = torch.func.jvp(torch.ops.triflow_test.cosine, (case.x_t,), (case.v,))
+    assert wrong.abs().max() == 0, "torch has learned this; the refusal can go"
+    raises(lambda: model.directional_derivatives(CustomOperator(), *inputs, case.v[None], "forward"), "triflow_test::cosine")
+    raises(lambda: model.time_derivative(CustomOperator(), *inputs, case.v), "triflow_test::cosine", "jvp")
+
+    for call in (lambda: model.directional_derivatives(case.net, *inputs, case.v[None], "forward"),
+                 lambda: model.attention_recompute(*3 * [torch.randn(1, 1, 4, 8)])):
+        torch._dynamo.reset()
+        with pytest.raises(Exception, match="torch.compile can get wrong"):
+            torch.compile(call, backend="eager", fullgraph=True)()
+
+
+def test_model_derivatives_of_a_compiled_network():
+    """torch.compile's wrapper is taken off for the derivative, and the ordinary forward beside it stays compiled."""
+    case = Derivatives(tiny(cls=model.Discriminator))
+    compiled = torch.compile(case.net, backend="aot_eager")
+    want = model.input_gradient(case.net, case.x_t, case.t, case.y)
+    assert same(list(want), list(model.input_gradient(compiled, case.x_t, case.t, case.y)))
+    case = Derivatives(tiny())
+    compiled = torch.compile(case.net, backend="aot_eager")
+    _, du = model.time_derivative(compiled, case.x_t, case.t, case.y, case.v)
+    assert same(du, model.time_derivative(case.net, case.x_t, case.t, case.y, case.v)[1])
+    (compiled(case.x_t, case.t, case.y) - du).square().mean().backward()
+    assert case.net.blocks[0].attn.qkv.weight.grad.norm() > 0
+
+
+ROUTE_SCRIPT = """
+import sys, torch, torch.nn as nn, torch.distributed as dist
+import data, model, test_all
+class Step(nn.Module):  # what DDP wraps: the module that takes the derivative
+    def __init__(self, net, name):
+        super().__init__()
+        self.net, self.name = net, name
+    def forward(self, x, t, y, v, u):
+        if self.name == "time":
+            _, du = model.time_derivative(self.net, x, t, y, v)
+            return (self.net(x, t, y) - v + t.view(-1, 1, 1, 1) * du).square().mean()
+        out, (real, fake) = model.directional_derivatives(self.net, x, t, y, torch.stack([v, u]), *self.name.split())
+        return (real - 1).square().mean() + (fake + 1).square().mean() + 1e-3 * out.square().mean()
+data.start_processes("cpu")
+torch.manual_seed(1)
+x, v, u = torch.randn(3, 4, 3, 8, 8, dtype=torch.float64).unbind()
+t, y = torch.rand(4, dtype=torch.float64), torch.arange(4)
+mine = slice(2 * data.rank(), 2 * data.rank() + 2)
+for name in ("reverse plain", "reverse recompute", "forward plain", "forward recompute", "time"):
+    nets = [test_all.tiny(cls=model.DiT if name == "time" else model.Discriminator).double() for _ in range(2)]
+    Step(nets[0], name)(x, t, y, v, u).backward()
+    wrapped = nn.parallel.DistributedDataParallel(Step(nets[1], name))
+    for _ in range(2):  # the second backward pass shows whether the first left DDP in order
+        wrapped(*(part[mine] for part in (x, t, y, v, u))).backward()
+    for (key, a), b in zip(nets[0].named_parameters(), nets[1].parameters()):
+        if a.requires_grad:
+            assert (2 * a.grad - b.grad).norm() <= 1e-10 * a.grad.norm(), (name, key)
+    try:
+        model.input_gradient(nn.parallel.DistributedDataParallel(nets[1]), x, t, y)
+        raise SystemExit("a derivative through DDP went unnoticed")
+    except ValueError as error:
+        assert "gradient exchange" in str(error)
+    del wrapped
+print("equal", flush=True)
+data.stop_processes()
+"""
+
+
+def test_model_derivative_routes_under_two_processes(tmp_path):
+    """Two gloo processes give the single process's gradient for double backward, forward tangents and time derivative;
+    a derivative taken through DDP's wrapper is refused."""
+    (tmp_path / "routes.py").write_text(ROUTE_SCRIPT)
+    assert torchrun(2, tmp_path / "routes.py").stdout.count("equal") == 2
+
+
+def test_model_run_alone_on_a_zoo_network(capsys):
+    """`python model.py --model NAME` prints time and memory of every route; a wrong name lists the right ones."""
+    model.main(["--model", "glyph-S", "--rounds", "1"])
+    printed = capsys.readouterr().out
+    assert "1.00 x" in printed and printed.count(" MB") == 8
+    raises(lambda: model.main(["--model", "SiT-M"]), "SiT-M", "SiT-S/2")
 
 
 @torch.no_grad()
