@@ -1041,9 +1041,10 @@ def attention_derivatives(body: str, q, k, v, dq, dk, dv, G, U) -> dict:
     """All that one can ask of an attention body: name -> tensors. dq, dk, dv, U have a leading axis of T tangents.
 
     The value; its gradients along G; its T tangents; the gradients of sum(U * tangents) with respect to q, k, v and the
-    tangents' inputs; and the double backward, gradients of <gradients, first tangents' inputs>.
+    tangents' inputs; and the double backward, gradients of <gradients, first tangents' inputs> with respect to q, k, v, G.
     """
     inputs, tangents = ([x.detach().requires_grad_() for x in part] for part in ((q, k, v), (dq, dk, dv)))
+    G = G.detach().requires_grad_(body != "fused")
     with attention_body(body):
         O = attention(*inputs)
         gradient = torch.autograd.grad(O, inputs, G, create_graph=body != "fused")
@@ -1051,14 +1052,14 @@ def attention_derivatives(body: str, q, k, v, dq, dk, dv, G, U) -> dict:
             return {"value": [O], "gradient": gradient}
         dO = torch.func.vmap(lambda *w: torch.func.jvp(attention, tuple(inputs), w)[1])(*tangents)
         through_tangent = torch.autograd.grad((U * dO).sum(), inputs + tangents)
-        double = torch.autograd.grad(gradient, inputs, [x[0] for x in tangents])
+        double = torch.autograd.grad(gradient, inputs + [G], [x[0] for x in tangents])
     return {"value": [O], "gradient": gradient, "tangent": [dO], "gradient of tangent": through_tangent,
             "double backward": double}
 
 
 def largest_error(found: dict, exact: dict) -> float:
     """Of all tensors, the largest |found - exact| / |exact|, norms over the tensor."""
-    return max(((a - b).norm() / b.norm()).item() for name in found for a, b in zip(found[name], exact[name]))
+    return torch.stack([(a - b).norm() / b.norm() for name in found for a, b in zip(found[name], exact[name])]).max().item()
 
 
 def attention_tasks(body: str, q, k, v, G) -> dict:
