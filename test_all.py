@@ -651,7 +651,7 @@ def test_model_triton_kernels_interpreted():
                                      (5, 33, 80, 1, torch.float32, 1e-5), (33, 33, 64, 1, torch.float16, 3e-3)):
         inputs = [x[..., :1, :1, :, :] for x in attention_inputs(N, M, d, T=T)]
         assert attention_error("triton", dtype, *inputs) < bound, (N, M, d)
-    inputs = attention_inputs(5, 2, 8, size=100)  # some rows' logits are all below -88: exp(-lse) is inf, 0 inf is nan
+    inputs = attention_inputs(5, 1, 8, size=100)  # some lse are below -88: exp(0 - lse) is inf beyond the edge
     assert attention_error("triton", torch.float32, *inputs) < 1e-2  # saturated: gradients are differences of equals
     *inputs, G, U = attention_inputs(18, 19, 8)
     exact = model.pair_backward(*inputs, *model.pair_forward(*inputs), G, U)
