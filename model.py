@@ -1,4 +1,5 @@
-"""The network: one DiT/SiT transformer, its zoo, and the reading of official checkpoints.
+"""The network: attention with its derivatives, one DiT/SiT transformer, CAFM's discriminator, derivatives of a network
+with respect to its input, the zoo, and the reading of official checkpoints.
 
 A network maps (x_t, t, y) to the velocity of the flow at x_t, with t = 0 data and t = 1 noise, whatever its last layer
 predicts inside:
@@ -11,7 +12,8 @@ predicts inside:
 Parameter names and shapes are those of the official DiT and SiT files, so that these load key by key.
 Shapes in comments: B batch, C channels, N tokens, W width, H heads, d = W / H, P patch.
 
-Run alone, `python model.py` prints the zoo with parameters and GFLOPs, and checks and times the attention.
+Run alone, `python model.py` prints the zoo with parameters and GFLOPs, checks and times the attention bodies, and shows
+what each way to a derivative costs.
 """
 import argparse
 import contextlib
