@@ -1,8 +1,12 @@
 """Training objectives, side by side.
 
-    name  the network predicts  regression target  extra network calls  JVP  paper                         test
-    fm    velocity v(x_t, t)    e - x              none                 no   arXiv:2210.02747, Eq. 23;     test_losses_fm_*
-                                                                             SiT arXiv:2401.08740, Sec. 2
+    name  the network predicts      target                       extra network calls   derivative of a network    paper                       test
+    fm    velocity v(x_t, t)        e - x                        none                  no                         arXiv:2210.02747, Eq. 23;   test_losses_fm_*
+                                                                                                                  SiT arXiv:2401.08740
+    cafm  velocity v(x_t, t)        that D's derivatives along   G, D and its input    D's, once (G) and twice    arXiv:2604.11521            test_losses_cafm_*
+                                    v and e - x look alike       gradient              (D)
+    afm   jump u: x_r = x_s -       that D's values at x_r and   G, D 2.5 times        no                         arXiv:2511.22475            test_losses_afm_*
+          (s - r) u(x_s, s)         data look alike
 
 Time runs from data (t = 0) to noise (t = 1): x_t = (1 - t) x + t e with e ~ N(0, I), and v = dx_t/dt = e - x.
 
@@ -13,20 +17,25 @@ Every objective has the signature
     net    velocity network (x_t, t, y) -> v, with `predict`, `t_min`, `num_classes` and `null_class` as in model.DiT
     x, y   clean images (B, C, h, w) float in [-1, 1] (or latents), and labels (B,) int64
     draws  data.Draws of this micro-batch: all randomness comes from here
-    cfg    train.Config (time, time_mean, time_std, label_drop)
+    cfg    train.Config
     loss   scalar float32 tensor;  logs: dict of scalar tensors worth a column of log.jsonl
 
 and the same four paragraphs: times, point, target, distance. Reading two neighbours shows what differs between papers.
+An adversarial method is a pair of them, method_D(D, x, y, draws, cfg, G) and method_G(G, x, y, draws, cfg, D): the first
+network is the one that the loss trains, and the other comes last.
 
 Run alone, `python losses.py` trains each objective on a 1-D mixture whose velocity and flow map are known in closed
 form: it prints the errors and draws the learned trajectories over the density in losses.png.
 """
+import copy
 import dataclasses
 import math
 import typing
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
+import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from tqdm import tqdm
@@ -95,14 +104,192 @@ def fm(net, x: Tensor, y: Tensor, draws: data.Draws, cfg) -> tuple[Tensor, dict]
     return loss, {}
 
 
+def cafm_D(D, x: Tensor, y: Tensor, draws: data.Draws, cfg, G) -> tuple[Tensor, dict]:
+    """CAFM's discriminator: E (J(v) - 1)^2 + E (J(u) + 1)^2 + cp E D^2   (arXiv:2604.11521, official code)
+
+    for the derivatives J(w) = <grad_x D, w> + dD/dt along the velocities of data, v, and of the generator, u. J is linear
+    in w, so what it learns of the random v is what there is to learn of E[v | x_t]. cp fixes D up to a constant.
+    """
+    t = sample_times(draws, cfg)
+
+    e = draws.normal("noise", x.shape[1:])
+    x_t, y = interpolate(x, e, t), drop_labels(G, y, draws, cfg)
+
+    v = velocity_target(G, x, e, x_t, t)
+    with torch.no_grad():
+        u = G(x_t, t, y)
+
+    out, (real, fake) = slopes(D, x_t, t, y, torch.stack([v, u]), cfg)
+    loss = (real - 1).square().mean() + (fake + 1).square().mean() + cfg.cp * out.square().mean()
+    return loss, {"slope_real": real.mean(), "slope_fake": fake.mean(), "value": out.mean()}
+
+
+def cafm_G(G, x: Tensor, y: Tensor, draws: data.Draws, cfg, D) -> tuple[Tensor, dict]:
+    """CAFM's generator: E (J(u) - 1)^2 + ot E |u|^2   (arXiv:2604.11521, official code), |.|^2 being a mean over pixels.
+
+    The derivatives of D are constants here, and the gradient with respect to u is 2 (J(u) - 1) grad_x D.
+    """
+    t = sample_times(draws, cfg)
+
+    e = draws.normal("noise", x.shape[1:])
+    x_t, y = interpolate(x, e, t), drop_labels(G, y, draws, cfg)
+
+    u = G(x_t, t, y)
+
+    if cfg.route == "finite":
+        _, (fake,) = slopes(D, x_t, t, y, u[None], cfg)
+    else:
+        _, gradient, slope = model.input_gradient(D, x_t, t, y, create_graph=False)
+        fake = model.along(gradient, slope, u)
+    energy = u.square().mean()
+    return (fake - 1).square().mean() + ot_weight(draws, cfg) * energy, {"slope_fake": fake.mean(), "energy": energy}
+
+
+def slopes(D, x_t: Tensor, t: Tensor, y: Tensor, directions: Tensor, cfg) -> tuple[Tensor, Tensor]:
+    """D (B,) and its slopes (K, B) along (w, 1) for each w of `directions`: derivatives, or with --route finite
+
+        (D(x_t, t) - D(x_t - h w, t - h)) / h,   h = min(t, interval)
+
+    without any derivative of the network (CAMF, the finite-interval form), so that nothing limits the network.
+    """
+    if cfg.route != "finite":
+        return model.directional_derivatives(D, x_t, t, y, directions, cfg.route)
+    h = t.clamp(1e-4, cfg.interval)
+    out, back = D(x_t, t, y), h.view(-1, *[1] * (x_t.dim() - 1))
+    return out, torch.stack([(out - D(x_t - back * w, t - h, y)) / h for w in directions])
+
+
+def afm_D(D, x: Tensor, y: Tensor, draws: data.Draws, cfg, G) -> tuple[Tensor, dict]:
+    """AFM's discriminator, relativistic, with its penalties (arXiv:2511.22475, Eq. 4-7, Algorithm 2):
+
+        E softplus(f - r) + gp (R1 + R2) + cp E (r + f)^2,   r = D(x_r, r), f = D(jump to r, r).
+
+    R1, R2: see `flatness`. D never sees where a jump came from, or no generator could satisfy it.
+    """
+    s, r = jump_times(draws, cfg)
+
+    e = draws.normal("noise", x.shape[1:])
+    x_s, x_r = interpolate(x, e, s), interpolate(x, draws.normal("noise of the real side", x.shape[1:]), r)
+
+    with torch.no_grad():
+        made = jump(G, x_s, s, r, y)
+
+    real, fake = D(x_r, r, y), D(made, r, y)
+    r1 = flatness(D, x_r, real, s, r, y, draws, "R1")
+    r2 = flatness(D, made, fake, s, r, y, draws, "R2")
+    loss = F.softplus(fake - real).mean() + cfg.gp * (r1 + r2) + cfg.cp * (real + fake).square().mean()
+    return loss, {"real": real.mean(), "fake": fake.mean(), "r1": r1, "r2": r2}
+
+
+def afm_G(G, x: Tensor, y: Tensor, draws: data.Draws, cfg, D) -> tuple[Tensor, dict]:
+    """AFM's generator: E softplus(r - f) + ot E |jump - x_s|^2 / (s - r)   (arXiv:2511.22475, Eq. 16-21)
+
+    with |.|^2 a mean over pixels: of all maps to the data, the shortest. Between the jump and D its gradient is
+    normalised (`NormaliseGradient`), so that `ot` means the same for every network and size.
+    """
+    s, r = jump_times(draws, cfg)
+
+    e = draws.normal("noise", x.shape[1:])
+    x_s, x_r = interpolate(x, e, s), interpolate(x, draws.normal("noise of the real side", x.shape[1:]), r)
+
+    made = jump(G, x_s, s, r, y)
+
+    with torch.no_grad():
+        real = D(x_r, r, y)
+    fake = D(NormaliseGradient.apply(made, D.gradient_square), r, y)
+    adversarial = F.softplus(real - fake).mean()
+    distance = (made - x_s).square().flatten(1).mean(1)
+    loss = adversarial + ot_weight(draws, cfg) * (distance / (s - r).clamp_min(1e-3)).mean()
+    return loss, {"adversarial": adversarial, "distance": distance.mean()}
+
+
+def jump(G, x_s: Tensor, s: Tensor, r: Tensor, y: Tensor) -> Tensor:
+    """x_s - (s - r) u(x_s, s, y, r): from time s to r. A network that predicts x gives it directly where s = 1, r = 0."""
+    return x_s - (s - r).view(-1, *[1] * (x_s.dim() - 1)) * G(x_s, s, y, r)
+
+
+def jump_times(draws: data.Draws, cfg) -> tuple[Tensor, Tensor]:
+    """Times (s, r) of a jump: one of the nfe equal steps from 1 to 0."""
+    k = (draws.uniform("time") * cfg.nfe).floor()
+    return 1 - k / cfg.nfe, 1 - (k + 1) / cfg.nfe
+
+
+def flatness(D, x: Tensor, out: Tensor, s: Tensor, r: Tensor, y: Tensor, draws, purpose: str, step: float = 0.01) -> Tensor:
+    """R1 (at data) or R2 (at samples) by differences: E (s - r) ((D(x + step n) - D(x)) / step)^2, n ~ N(0, I).
+
+    Its mean over n is |grad_x D|^2, and a little more where D is curved (arXiv:2511.22475, Sec. 3.5, Eq. 20). Every
+    fourth sample of the run takes part.
+    """
+    rows = torch.tensor([i for i, position in enumerate(draws.positions) if position % 4 == 0], device=x.device).long()
+    n = draws.normal(purpose, x.shape[1:])[rows]
+    change = (D(x[rows] + step * n, r[rows], y[rows]) - out[rows]) / step
+    return ((s - r)[rows].clamp_min(1e-3) * change.square()).sum() * 4 / len(x)
+
+
+class NormaliseGradient(torch.autograd.Function):
+    """Identity whose gradient g is divided by the root of `square` <- 0.9 square + 0.1 |g|^2 numel, in place.
+
+    (AFM, arXiv:2511.22475, Eq. 23, with the root that the official code takes.) `square` (a scalar tensor, 0 at first) is
+    averaged over processes: then g has the size 1 / numel in root mean square, whatever the scale of D.
+    """
+
+    @staticmethod
+    def forward(x, square):
+        return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.square = inputs[1]
+
+    @staticmethod
+    def backward(ctx, g):
+        now = g.float().square().sum() * g.numel()
+        if dist.is_initialized():
+            dist.all_reduce(now)
+            now /= dist.get_world_size()
+        ctx.square.mul_(0.9).add_(now, alpha=0.1)
+        return g / (ctx.square.sqrt() + 1e-8), None
+
+
+def ot_weight(draws, cfg) -> float:
+    """The weight of the transport cost at this step: from `ot` to `ot_end` by half a cosine over the run."""
+    progress = draws.positions[0] // cfg.batch / max(1, cfg.steps - 1)
+    return cfg.ot_end + (cfg.ot - cfg.ot_end) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def only_G(step: int, cfg) -> str:
+    return "G"
+
+
+def cafm_turn(step: int, cfg) -> str:
+    """D alone for d_warmup steps, then d_steps of D for one of G."""
+    return "D" if step <= cfg.d_warmup or step % (cfg.d_steps + 1) < cfg.d_steps else "G"
+
+
+def afm_turn(step: int, cfg) -> str:
+    return "DG"[step % 2]
+
+
 class Objective(typing.NamedTuple):
-    """Who takes a step when, and on what loss: role turns[step % len(turns)] takes step number `step`."""
-    turns: str
+    """The loss of each network, whose turn it is at a step, and the settings in which a paper differs from fm's."""
     G: typing.Callable
+    D: typing.Callable | None = None
+    turn: typing.Callable = only_G
+    defaults: dict = {}
+    discriminator: dict = {}  # options of model.Discriminator
+    alarm: float = 0.0        # a mean loss of D below this: D has won
+    sampling: typing.Callable = lambda settings: {}  # how a run's samples are made, where that is not a matter of choice
 
 
 LOSSES = {
-    "fm": Objective(turns="G", G=fm),
+    "fm": Objective(fm),
+    "cafm": Objective(cafm_G, cafm_D, cafm_turn, alarm=0.2, discriminator=dict(norm="rms"),
+                      defaults=dict(beta1=0.0, beta2=0.95, ema=0.99, cp=1e-3, ot=0.0, ot_end=0.0,
+                                    decay="constant", lr=1e-4, d_lr=1e-4, d_warmup=1000)),
+    "afm": Objective(afm_G, afm_D, afm_turn, alarm=0.05, discriminator=dict(norm="layer"),
+                     defaults=dict(beta1=0.0, beta2=0.9, label_drop=0.0, weight_decay=0.01, decay="constant", lr=5e-4,
+                                   d_lr=5e-4, cp=0.01, ot=0.2, ot_end=0.01, clip=0.0),
+                     sampling=lambda settings: dict(steps=settings["nfe"], solver="euler", guidance=1.0)),
 }
 
 
@@ -179,15 +366,26 @@ class PointNet(nn.Module):
     """
     predict, t_min, num_classes, null_class = "v", 0.0, 1, False
 
-    def __init__(self, dimension: int = 1, width: int = 128):
+    def __init__(self, dimension: int = 1, width: int = 128, outputs: int = 0):
         super().__init__()
         self.register_buffer("frequencies", torch.linspace(0.5, 8, 16))
         self.layers = nn.Sequential(nn.Linear((dimension + 1) * 32, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(),
-                                    nn.Linear(width, width), nn.SiLU(), nn.Linear(width, dimension))
+                                    nn.Linear(width, width), nn.SiLU(), nn.Linear(width, outputs or dimension))
 
     def forward(self, x_t: Tensor, t: Tensor, y: Tensor | None = None, r: Tensor | None = None) -> Tensor:
         angle = (torch.cat([x_t, t[:, None]], 1)[..., None] * self.frequencies).flatten(1)       # (B, (D + 1) 16)
         return self.layers(torch.cat([angle.sin(), angle.cos()], 1))
+
+
+class PointDiscriminator(PointNet):
+    """A number for each point: (B, D), (B,) -> (B,)."""
+
+    def __init__(self, dimension: int = 1, width: int = 128):
+        super().__init__(dimension, width, outputs=1)
+        self.register_buffer("gradient_square", torch.zeros(()))
+
+    def forward(self, x_t: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
+        return super().forward(x_t, t)[:, 0]
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -197,41 +395,71 @@ class PointNet(nn.Module):
 
 @dataclasses.dataclass
 class Config:
-    steps: int = option(2000, "training steps of each objective")
-    batch: int = option(512, "batch size")
-    lr: float = option(2e-3, "AdamW learning rate, decayed linearly to 0")
-    time: str = option("uniform", "distribution of the training time", ("uniform", "logit_normal"))
-    time_mean: float = option(0.0, "logit-normal: mean of logit(t)")
-    time_std: float = option(1.0, "logit-normal: standard deviation of logit(t)")
-    seed: int = option(0, "seed of weights, data and noise")
-    out: str = option("losses.png", "the picture to write")
-    label_drop: typing.ClassVar[float] = 0.0
+    """Settings of one run on points; `SETTINGS` has those of each objective."""
+    steps: int = 2000
+    batch: int = 512
+    lr: float = 2e-3
+    d_lr: float = 2e-3
+    betas: tuple = (0.9, 0.999)
+    decay: bool = True  # of the learning rate, linearly to 0
+    ema: float = 0.0
+    time: str = "uniform"
+    time_mean: float = 0.0
+    time_std: float = 1.0
+    label_drop: float = 0.0
+    cp: float = 0.001
+    ot: float = 0.0
+    ot_end: float = 0.0
+    gp: float = 0.05
+    nfe: int = 1
+    d_steps: int = 4
+    d_warmup: int = 0
+    route: str = "reverse"
+    interval: float = 0.05
+    seed: int = 0
 
 
-def train_points(name: str, mixture: Mixture, cfg: Config) -> PointNet:
-    """Train a PointNet with one objective on draws of the mixture."""
+SETTINGS = {
+    "fm": Config(),
+    "cafm": Config(steps=2400, batch=256, betas=(0.0, 0.9), lr=1e-3, d_lr=1e-3, decay=False, ema=0.95),
+    "afm": Config(steps=3000, batch=256, betas=(0.0, 0.9), lr=1e-3, d_lr=1e-3, decay=False, ema=0.99, cp=0.01, ot=0.2,
+                  ot_end=0.02),
+}
+
+
+def train_points(name: str, mixture: Mixture, cfg: Config | None = None) -> PointNet:
+    """Train a PointNet, and its discriminator where there is one, on draws of the mixture; returns the averaged network."""
+    cfg, objective = cfg or SETTINGS[name], LOSSES[name]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(cfg.seed)
-        net = PointNet(mixture.means.shape[1])
-    opt = torch.optim.AdamW(net.parameters(), cfg.lr, weight_decay=0)
+        nets = {"G": PointNet(mixture.means.shape[1])} | ({"D": PointDiscriminator(mixture.means.shape[1])}
+                                                          if objective.D else {})
+    rates = {"G": cfg.lr, "D": cfg.d_lr}
+    opts = {role: torch.optim.AdamW(net.parameters(), rates[role], cfg.betas, weight_decay=0) for role, net in nets.items()}
+    ema = copy.deepcopy(nets["G"]).requires_grad_(False)
     bar = tqdm(range(cfg.steps), desc=name)
     for step in bar:
-        opt.param_groups[0]["lr"] = cfg.lr * (1 - step / cfg.steps)
+        role = objective.turn(step, cfg)
+        others = [net for other, net in nets.items() if other != role]
+        opts[role].param_groups[0]["lr"] = rates[role] * (1 - step / cfg.steps if cfg.decay else 1)
         x, y = mixture.sample(cfg.batch, data.generator(cfg.seed, "points", step))
-        loss, _ = LOSSES[name].G(net, x, y, BatchDraws(cfg.seed, step, cfg.batch), cfg)
-        opt.zero_grad()
+        loss, _ = getattr(objective, role)(nets[role], x, y, BatchDraws(cfg.seed, step, cfg.batch), cfg, *others)
         loss.backward()
-        opt.step()
+        opts[role].step()
+        for opt in opts.values():
+            opt.zero_grad()
+        if role == "G":
+            torch._foreach_lerp_(list(ema.parameters()), list(nets["G"].parameters()), 1 - cfg.ema)
         if step % 100 == 0:
-            bar.set_postfix(loss=f"{loss.item():.3f}")
-    return net.eval()
+            bar.set_postfix({f"loss {role}": f"{loss.item():.3f}"})
+    return ema.eval()
 
 
 class BatchDraws:
     """The interface of data.Draws with one generator a batch: fast, where batches are never split."""
 
     def __init__(self, seed: int, step: int, batch: int):
-        self.key, self.batch = (seed, step), batch
+        self.key, self.batch, self.positions = (seed, step), batch, range(step * batch, (step + 1) * batch)
 
     def normal(self, purpose: str, shape: tuple) -> Tensor:
         return torch.randn(self.batch, *shape, generator=data.generator(*self.key, purpose))
@@ -251,10 +479,11 @@ def trajectory(velocity: typing.Callable, e: Tensor, steps: int) -> Tensor:
 
 
 @torch.no_grad()
-def point_errors(net: PointNet, mixture: Mixture, n: int = 4000, steps: int = 50) -> dict:
-    """Errors against the closed form: rms of the velocity over (x_t, t), rms of the map from noise, and W1.
+def point_errors(net, mixture: Mixture, steps: int = 50, n: int = 4000) -> dict:
+    """Errors against the closed form of 1-D data: n samples by `steps` Euler steps (or jumps, for a one-step network).
 
-    W1 of the n samples to the exact quantiles; map error against the exact flow map of the same noises.
+    velocity: rms over (x_t, t), of velocity networks. map: rms to the exact flow map of the same noises. W1: to the exact
+    quantiles. weight: largest error of a mode's share, by the nearest mean. in mode: share within 3 deviations of it.
     """
     x, _ = mixture.sample(n, data.generator("evaluate points"))
     u = (torch.arange(n) + 0.5) / n
@@ -263,13 +492,20 @@ def point_errors(net: PointNet, mixture: Mixture, n: int = 4000, steps: int = 50
     x_t = interpolate(x, e[torch.randperm(n, generator=data.generator("evaluate noise"))], t)
     made = trajectory(net, e, steps)[-1]
     exact = mixture.flow(e.double(), torch.ones(n, dtype=torch.float64), torch.zeros(n, dtype=torch.float64))
-    return {"velocity rms": (net(x_t, t) - mixture.velocity(x_t, t)).square().mean().sqrt().item(),
-            "map rms": (made - exact).square().mean().sqrt().item(),
-            "W1": (made.sort(0).values - exact).abs().mean().item()}
+    velocity = (net(x_t, t) - mixture.velocity(x_t, t)).square().mean().sqrt().item()
+    away = (made - mixture.means.T).abs()                                                          # (n, K)
+    share = away.argmin(1).bincount(minlength=len(mixture.weights)) / n
+    return {"velocity": velocity if steps > 1 else math.nan, "map": (made - exact).square().mean().sqrt().item(),
+            "W1": (made.sort(0).values - exact).abs().mean().item(),
+            "weight": (share - mixture.weights).abs().max().item(),
+            "in mode": (away / mixture.stds).amin(1).le(3).float().mean().item()}
 
 
-def draw_trajectories(nets: dict, mixture: Mixture, path: str, lines: int = 60) -> None:
-    """One panel for the exact flow and one for each network: trajectories (white) over the density of x_t (blue)."""
+def draw_trajectories(nets: dict, calls: dict, mixture: Mixture, path: str, lines: int = 60) -> None:
+    """One panel for the exact flow and one for each network: trajectories (white) over the density of x_t (blue).
+
+    A network that jumps is drawn by straight lines, in as many steps as `calls` has for it.
+    """
     w, h, reach, top = 420, 300, 3.0, 22
     t = torch.linspace(1, 0, w)
     x = torch.linspace(reach, -reach, h)
@@ -285,9 +521,10 @@ def draw_trajectories(nets: dict, mixture: Mixture, path: str, lines: int = 60) 
         pen.text((left, 4), name, fill="black", font=font)
         pen.text((left, top + h + 4), "t = 1 noise", fill="black", font=font)
         pen.text((left + w - 62, top + h + 4), "t = 0 data", fill="black", font=font)
-        states = trajectory(velocity, e, 100)[..., 0]
+        steps = 100 if calls.get(name, 50) == 50 else calls[name]
+        states = trajectory(velocity, e, steps)[..., 0]
         for line in states.T:
-            points = [(left + s * w / 100, top + (reach - float(v)) / (2 * reach) * h) for s, v in enumerate(line)]
+            points = [(left + s * w / steps, top + (reach - float(v)) / (2 * reach) * h) for s, v in enumerate(line)]
             pen.line(points, fill="white", width=1)
     sheet.save(path)
 
@@ -298,16 +535,31 @@ def _density(mixture: Mixture, x: Tensor, t: Tensor) -> Tensor:
     return (mixture.weights * torch.exp(-z ** 2 / 2) / std).sum(1)
 
 
+@dataclasses.dataclass
+class Options:
+    losses: str = option("", "objectives to train, such as fm,afm; empty: all")
+    seed: int = option(0, "seed of weights, data and noise")
+    out: str = option("losses.png", "the picture to write")
+
+
 def main(argv: list[str] | None = None) -> None:
-    cfg = data.parse(Config, argv, "Train every objective on a 1-D mixture and compare with the closed form.")
-    nets = {name: train_points(name, FOUR_MODES, cfg) for name in LOSSES}
-    print(f"\n1-D mixture of four modes, {cfg.steps} steps of batch {cfg.batch}, samples by 50 Euler steps")
-    print(f"{'objective':>12} {'velocity rms':>14} {'map rms':>10} {'W1':>10}")
-    floor = point_errors(type("Exact", (), {"__call__": lambda self, x, t: FOUR_MODES.velocity(x, t)})(), FOUR_MODES)
-    for name, errors in {"exact v": floor, **{name: point_errors(net, FOUR_MODES) for name, net in nets.items()}}.items():
-        print(f"{name:>12} {errors['velocity rms']:>14.4f} {errors['map rms']:>10.4f} {errors['W1']:>10.4f}")
-    draw_trajectories(nets, FOUR_MODES, cfg.out)
-    print(f"wrote {cfg.out}")
+    options = data.parse(Options, argv, "Train every objective on a 1-D mixture and compare with the closed form.")
+    names = options.losses.split(",") if options.losses else list(LOSSES)
+    if unknown := [name for name in names if name not in LOSSES]:
+        raise ValueError(f"--losses {unknown[0]}: choose from {', '.join(LOSSES)}")
+    nets = {name: train_points(name, FOUR_MODES, dataclasses.replace(SETTINGS[name], seed=options.seed)) for name in names}
+    calls = {name: 50 if LOSSES[name].turn is not afm_turn else SETTINGS[name].nfe for name in nets}
+    print(f"\n1-D mixture of four modes against its closed form (losses.point_errors says what the columns are)\n"
+          f"{'objective':>10} {'steps':>6} {'batch':>6} {'sampled in':>11}" + "".join(f"{name:>10}" for name in
+          ("velocity", "map", "W1", "weight", "in mode")))
+    rows = {"exact v": point_errors(lambda x, t: FOUR_MODES.velocity(x, t), FOUR_MODES)}
+    rows |= {name: point_errors(net, FOUR_MODES, calls[name]) for name, net in nets.items()}
+    for name, errors in rows.items():
+        cfg = SETTINGS.get(name)
+        print(f"{name:>10} {cfg.steps if cfg else '':>6} {cfg.batch if cfg else '':>6} {calls.get(name, 50):>11}"
+              + "".join(f"{value:>10.3f}" if value == value else f"{'-':>10}" for value in errors.values()))
+    draw_trajectories(nets, calls, FOUR_MODES, options.out)
+    print(f"wrote {options.out}")
 
 
 if __name__ == "__main__":

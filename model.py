@@ -692,6 +692,7 @@ class Discriminator(DiT):
         width = self.config["width"]
         self.dis_embed = nn.Parameter(0.02 * torch.randn(width))
         self.final_layer = nn.Sequential(normalisation(norm, width), nn.Linear(width, 1, bias=False))
+        self.register_buffer("gradient_square", torch.zeros(()))  # of losses.NormaliseGradient: part of a run's state
 
     def forward(self, x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """x_t (B, C, h, w), t (B,) in [0, 1], y (B,) int64 -> (B,), float32 or wider."""
@@ -900,6 +901,20 @@ def load(path, ema: bool = True, kind: str = "", heads: int = 0) -> DiT:
     return net.eval()
 
 
+def discriminator_weights(path) -> dict:
+    """Weights of the discriminator in a checkpoint of ours, or in an official CAFM file (whose time runs the other way)."""
+    content = read_checkpoint(path)
+    if "networks" in content:
+        if "D" not in content["networks"]:
+            raise ValueError(f"{path}: a run without a discriminator; give one of --loss cafm or afm")
+        return content["networks"]["D"]["weights"]
+    weights = {k.removeprefix("module."): v for k, v in content.items() if isinstance(v, Tensor)}
+    if "dis_embed" not in weights:
+        raise ValueError(f"{path}: not a CAFM discriminator: dis_embed is missing (its first entries: "
+                         f"{', '.join(map(str, list(content)[:4]))})")
+    return turn_time(weights) | {"gradient_square": torch.zeros(())}
+
+
 def load_weights(net: nn.Module, weights: dict, path) -> None:
     """Strict load; a ValueError names the first keys or shapes that differ."""
     own = net.state_dict()
@@ -952,20 +967,23 @@ def official_config(weights: dict, path, kind: str = "", heads: int = 0) -> dict
 
 
 def reverse_time(weights: dict) -> dict:
-    """The weights of v(x, t) = -net(x, 1 - t), given those of net: SiT's data end (t = 1) becomes ours (t = 0), exactly.
-
-    The sign goes into the last layer. Time goes into the first layer of the embedding, because
-    cos(f (1-t)) = cos f cos(f t) + sin f sin(f t), and sin(f (1-t)) = sin f cos(f t) - cos f sin(f t).
-    """
-    weights = dict(weights)
+    """The weights of v(x, t) = -net(x, 1 - t), given those of net: SiT's data end (t = 1) becomes ours (t = 0), exactly."""
+    weights = turn_time(weights)
     for key in ("final_layer.linear.weight", "final_layer.linear.bias"):
         weights[key] = -weights[key]
+    return weights
+
+
+def turn_time(weights: dict) -> dict:
+    """The weights of net(x, 1 - t), given those of net: all of it happens in the first layer of the time embedding,
+
+    because cos(f (1-t)) = cos f cos(f t) + sin f sin(f t), and sin(f (1-t)) = sin f cos(f t) - cos f sin(f t).
+    """
     first = weights["t_embedder.mlp.0.weight"]
     W_cos, W_sin = first.double().chunk(2, 1)
     cos_f, sin_f = sinusoid(torch.ones(1, dtype=torch.float64), first.shape[1]).chunk(2, 1)
     rotated = torch.cat([W_cos * cos_f + W_sin * sin_f, W_cos * sin_f - W_sin * cos_f], 1)
-    weights["t_embedder.mlp.0.weight"] = rotated.to(first.dtype)
-    return weights
+    return weights | {"t_embedder.mlp.0.weight": rotated.to(first.dtype)}
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import data
+import losses
 import model
 from data import option
 
@@ -186,6 +187,13 @@ def describe(steps: int, solver: str, guidance: float, interval: tuple[float, fl
     return f"{text} (doubled where guided), {kind} {guidance:g}{where}"
 
 
+def own_settings(path: Path) -> dict:
+    """How samples of this checkpoint must be made, {} where that is free: a generator of jumps has one way only."""
+    settings = model.read_checkpoint(path).get("config", {})
+    method = losses.LOSSES.get(settings.get("loss")) if isinstance(settings, dict) else None
+    return method.sampling(settings) if method else {}
+
+
 def find_checkpoint(path: str) -> Path:
     """A checkpoint file from its own path or from a run folder; FileNotFoundError when neither is there."""
     found = Path(path) / "last.pt" if Path(path).is_dir() else Path(path)
@@ -224,6 +232,12 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError(f"--n {cfg.n} --batch {cfg.batch}: expected at least 1")
     if cfg.out.endswith(".png") and cfg.n > 10_000:
         raise ValueError(f"--out {cfg.out}: a grid of {cfg.n:,} samples is too large to look at; use .npz or a folder")
+    own = own_settings(find_checkpoint(cfg.checkpoint))
+    cfg = data.parse(Config, argv, __doc__, ("checkpoint",), **own)
+    for name, value in own.items():
+        if getattr(cfg, name) != value:
+            raise ValueError(f"--{name} {getattr(cfg, name)}: {cfg.checkpoint} was trained to jump to the data in its own way; "
+                             f"leave --{name} out (it is {value})")
     device = data.start_processes(cfg.device)
     net = model.load(find_checkpoint(cfg.checkpoint), ema=cfg.ema).to(device).eval()
     reference = model.load(find_checkpoint(cfg.reference), ema=cfg.ema).to(device).eval() if cfg.reference else None

@@ -1,6 +1,7 @@
 """Training: one loop for every objective, on one process or many.
 
     python train.py                                        flow matching on glyphs: minutes on a laptop's CPU
+    python train.py --loss cafm --init runs/glyphs --out runs/cafm      post-training; --help shows a loss's own settings
     python train.py --data FOLDER --size 64 --model SiT-S/4 --predict x --out runs/mine
     torchrun --nproc_per_node=2 train.py ...               the same run, shared by two processes
     python train.py ... --resume                           go on where a run stopped, bit for bit
@@ -11,6 +12,7 @@ and final.json (the scores and how they were measured).
 Batches, noise, times and dropped labels are functions of (seed, position in the run) alone, so neither a restart nor
 the number of processes nor gradient accumulation changes what is computed, beyond the order of floating-point sums.
 """
+import argparse
 import contextlib
 import copy
 import dataclasses
@@ -53,8 +55,10 @@ class Config:
     batch: int = option(32, "global batch: images of one step, over all processes and accumulation")
     accumulation: int = option(1, "micro-batches each process adds up for a step")
     lr: float = option(4e-3, "AdamW learning rate")
+    d_lr: float = option(0.0, "learning rate of the discriminator; 0: the same")
     warmup: int = option(100, "steps of linear warm-up")
     decay: str = option("linear", "learning rate after warm-up: constant, or linear to 0", ("linear", "constant"))
+    beta1: float = option(0.9, "AdamW's first beta")
     beta2: float = option(0.999, "AdamW's second beta")
     weight_decay: float = option(0.0, "AdamW's weight decay")
     clip: float = option(1.0, "largest gradient norm; 0 does not clip")
@@ -63,12 +67,23 @@ class Config:
     time_mean: float = option(0.8, "logit-normal: mean of logit(t); larger trains more on noise (0.8, 0.8: JiT)")
     time_std: float = option(0.8, "logit-normal: standard deviation of logit(t)")
     label_drop: float = option(0.1, "share of labels replaced by the null label, for guidance")
+    d_warmup: int = option(0, "cafm: steps of the discriminator alone before the generator's first")
+    d_steps: int = option(4, "cafm: steps of the discriminator for one of the generator")
+    route: str = option("reverse", "cafm: derivatives of D by one input gradient, by forward mode (CAFM's official code), "
+                        "or by finite differences over --interval", ("reverse", "forward", "finite"))
+    interval: float = option(0.05, "cafm --route finite: length in time")
+    nfe: int = option(1, "afm: jumps from noise to data")
+    cp: float = option(0.001, "cafm, afm: weight of the penalty that centres D's values")
+    gp: float = option(0.25, "afm: weight of the gradient penalties R1 and R2")
+    ot: float = option(0.0, "cafm, afm: weight of the transport cost at the first step")
+    ot_end: float = option(0.0, "cafm, afm: the same at the last step, half a cosine later")
     seed: int = option(0, "everything random follows from it")
     device: str = option("auto", "where to run", ("auto", "cpu", "cuda", "mps"))
     amp: str = option("auto", "bfloat16 autocast around the network; auto: on CUDA", ("auto", "bf16", "off"))
     compile: bool = option(False, "torch.compile the network")
     out: str = option("runs/glyphs", "the run folder")
-    init: str = option("", "start from the weights of this checkpoint or run folder")
+    init: str = option("", "start from the weights of this checkpoint or run folder (cafm, afm: D too, but its head)")
+    d_init: str = option("", "start the discriminator from that of this run, or from an official CAFM file")
     resume: bool = option(False, "go on with the run in --out")
     log_every: int = option(100, "steps between lines of log.jsonl")
     sample_every: int = option(1000, "steps between sample grids; 0: only at the end")
@@ -86,18 +101,19 @@ class Config:
 
 
 class Loss(nn.Module):
-    """An objective and the network it trains, as one module.
+    """An objective and the network it trains, as one module; `others` are the networks that it only looks at.
 
-    DistributedDataParallel wraps this rather than the network, so an objective may use the network in any way.
+    DistributedDataParallel wraps this rather than the network, so an objective may use the network in any way, also
+    take derivatives of it. A tuple hides the others from DDP.
     """
 
-    def __init__(self, objective, net: nn.Module, cfg: Config):
+    def __init__(self, objective, net: nn.Module, cfg: Config, *others: nn.Module):
         super().__init__()
-        self.objective, self.net, self.cfg = objective, net, cfg
+        self.objective, self.net, self.cfg, self.others = objective, net, cfg, others
 
     def forward(self, images: Tensor, labels: Tensor, positions: list[int]) -> tuple[Tensor, dict]:
         draws = data.Draws(self.cfg.seed, positions, images.device)
-        return self.objective(self.net, data.to_float(images), labels, draws, self.cfg)
+        return self.objective(self.net, data.to_float(images), labels, draws, self.cfg, *self.others)
 
 
 def micro_batch(cfg: Config) -> int:
@@ -124,6 +140,13 @@ def check(cfg: Config) -> None:
     for name in ("steps", "log_every", "save_every", "sample_steps"):
         if getattr(cfg, name) < 1:
             raise ValueError(f"--{name} {getattr(cfg, name)}: expected at least 1")
+    if cfg.loss == "afm" and cfg.nfe < 1:
+        raise ValueError(f"--nfe {cfg.nfe}: expected at least 1 jump")
+    if cfg.loss == "afm" and cfg.accumulation > 1:
+        raise ValueError(f"--accumulation {cfg.accumulation}: afm normalises the gradient of its whole batch, so use "
+                         f"--accumulation 1 and a smaller --batch or more processes")
+    if cfg.loss == "cafm" and (cfg.d_steps < 1 or not 0 < cfg.interval <= 1):
+        raise ValueError(f"--d_steps {cfg.d_steps} --interval {cfg.interval}: expected at least 1, and in (0, 1]")
     if cfg.data in ("glyphs:1", "glyphs:2", "glyphs:3"):
         raise ValueError(f"--data {cfg.data}: these images are held out to score with; train on glyphs, or glyphs:4 and on")
 
@@ -133,10 +156,10 @@ def scored(cfg: Config) -> bool:
     return cfg.score > 0 and cfg.data.split(":")[0] == "glyphs"
 
 
-def learning_rate(step: int, cfg: Config) -> float:
+def learning_rate(step: int, cfg: Config, role: str = "G") -> float:
     """Linear warm-up, then constant or linear decay to 0 at the last step."""
     warm = min(1.0, (step + 1) / max(1, cfg.warmup))
-    return cfg.lr * warm * (1 - step / cfg.steps if cfg.decay == "linear" else 1.0)
+    return (role == "D" and cfg.d_lr or cfg.lr) * warm * (1 - step / cfg.steps if cfg.decay == "linear" else 1.0)
 
 
 @torch.no_grad()
@@ -205,7 +228,7 @@ def resume(path: Path, cfg: Config, nets: dict, opts: dict, ema: nn.Module) -> t
     for name, old in content["config"].items():
         new = getattr(cfg, name, None)
         if new != old and name not in ("resume", "out"):
-            if name in ("loss", "model", "predict", "data", "size"):
+            if name in ("loss", "model", "predict", "data", "size", "nfe"):
                 raise ValueError(f"{path}: was trained with --{name} {old}, not {new}: resume with --{name} {old}, or "
                                  f"start a new run from its weights with --init {path} --out FOLDER")
             fid.note(f"resuming with --{name} {new} (was {old})")
@@ -213,7 +236,7 @@ def resume(path: Path, cfg: Config, nets: dict, opts: dict, ema: nn.Module) -> t
         model.load_weights(nets[role], saved["weights"], path)
         opts[role].load_state_dict(saved["optimizer"])
         for group in opts[role].param_groups:  # these came back with the state, and may have been changed on purpose
-            group.update(betas=(0.9, cfg.beta2), weight_decay=cfg.weight_decay)
+            group.update(betas=(cfg.beta1, cfg.beta2), weight_decay=cfg.weight_decay)
     model.load_weights(ema, content["ema"], path)
     if content["step"] > cfg.steps:
         raise ValueError(f"{path}: is at step {content['step']} already, beyond --steps {cfg.steps}; give more")
@@ -236,8 +259,8 @@ class Log:
     before anything computed from it is saved.
     """
 
-    def __init__(self, path: Path, start: int):
-        self.path, self.pending, self.since = path, [], time.perf_counter()
+    def __init__(self, path: Path, start: int, alarm: float = 0.0):
+        self.path, self.pending, self.since, self.alarm = path, [], time.perf_counter(), alarm
         if data.rank() == 0:  # a resumed run writes the lines after its checkpoint anew
             kept = [row for row in read_log(path) if row["step"] <= start]
             path.write_text("".join(json.dumps(row) + "\n" for row in kept))
@@ -264,6 +287,11 @@ class Log:
         if data.rank() == 0:
             with open(self.path, "a") as file:
                 file.writelines(json.dumps(line) + "\n" for line in lines)
+        for line in lines:
+            if line["role"] == "D" and line["loss"] < self.alarm:
+                fid.note(f"step {line['step']}: the discriminator wins, its loss fell to {line['loss']:.3f}: try a lower "
+                         f"--d_lr or fewer --d_steps, and look at the samples")
+                self.alarm = 0.0  # once
         self.pending = []
         return lines[-1]
 
@@ -303,21 +331,28 @@ def draw_loss(log: Path, picture: Path) -> None:
     sheet.save(picture)
 
 
+def sampling(cfg: Config, guidance: float) -> dict:
+    """How grids and scores are sampled: a generator of jumps in its own way, a velocity as the config says."""
+    flow = dict(steps=cfg.sample_steps, solver=cfg.solver, guidance=guidance)
+    return flow | losses.LOSSES[cfg.loss].sampling(dataclasses.asdict(cfg))
+
+
 def write_grid(ema: nn.Module, cfg: Config, path: Path, rows: int = 4) -> None:
     """A guided sample grid, one column for each of up to ten classes (ten columns of one), always from the same noise."""
     shown = min(10, ema.num_classes)
     columns = shown if shown > 1 else 10
     labels = sample.labels_for(rows * columns, ema.num_classes, list(range(shown)))
-    made = sample.generate(ema, labels, cfg.seed, len(labels), steps=cfg.sample_steps, solver=cfg.solver,
-                           guidance=cfg.guidance if ema.null_class else 1.0)
+    made = sample.generate(ema, labels, cfg.seed, len(labels), **sampling(cfg, cfg.guidance if ema.null_class else 1.0))
     sample.write_samples(made, labels, ema.shape, path, columns)
 
 
 def score(ema: nn.Module, cfg: Config) -> dict:
-    """FD-glyphs and class accuracy of cfg.score samples without and with guidance, each with its protocol."""
+    """FD-glyphs and class accuracy of cfg.score samples without and (for a flow) with guidance, with their protocol."""
     results = {}
     for name, guidance in (("unguided", 1.0), ("guided", cfg.guidance)):
-        options = dict(steps=cfg.sample_steps, solver=cfg.solver, guidance=guidance)
+        options = sampling(cfg, guidance)
+        if options["guidance"] != guidance:
+            continue
         labels = sample.labels_for(cfg.score, ema.num_classes)
         made = list(sample.generate(ema, labels, cfg.seed + 1, progress=f"scoring {name} samples", **options))
         images = torch.cat([images for _, images in made]) if made else torch.empty(0, *ema.shape, dtype=torch.uint8)
@@ -359,6 +394,23 @@ def build(cfg: Config, source, device: torch.device) -> model.DiT:
     return net.to(device)
 
 
+def build_discriminator(cfg: Config, net: model.DiT) -> model.Discriminator:
+    """A discriminator of the generator's size: from its trunk after --init, from --d_init, or fresh."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(data.fold(cfg.seed, "weights of D"))
+        D = model.Discriminator(**net.config | losses.LOSSES[cfg.loss].discriminator)
+    if cfg.d_init and not cfg.resume:
+        model.load_weights(D, model.discriminator_weights(sample.find_checkpoint(cfg.d_init)), cfg.d_init)
+    elif cfg.init and not cfg.resume:
+        trunk = {k: v for k, v in net.state_dict().items() if not k.startswith("final_layer.")}
+        model.load_weights(D, D.state_dict() | trunk, cfg.init)
+    elif cfg.loss == "cafm" and not cfg.resume:
+        fid.note("cafm without --init trains from scratch, which is slower than post-training a flow: give --init "
+                 "RUN_OR_CHECKPOINT to start from one")
+    D.amp = net.amp
+    return D.to(net.pos_embed.device)
+
+
 def train(cfg: Config) -> dict:
     """Run the whole training; returns what final.json holds, or {} when a signal stopped it early."""
     device = data.start_processes(cfg.device)
@@ -376,15 +428,17 @@ def train(cfg: Config) -> dict:
     mirror = source.mirror if cfg.mirror == "auto" else cfg.mirror == "on"
     objective = losses.LOSSES[cfg.loss]
     nets = {"G": build(cfg, source, device)}
+    if objective.D:
+        nets["D"] = build_discriminator(cfg, nets["G"])
+    trained = {role: [p for p in net.parameters() if p.requires_grad] for role, net in nets.items()}
     ema = copy.deepcopy(nets["G"]).eval().requires_grad_(False)
-    opts = {role: torch.optim.AdamW((p for p in net.parameters() if p.requires_grad), cfg.lr, (0.9, cfg.beta2),
-                                    weight_decay=cfg.weight_decay, fused=device.type != "mps")
-            for role, net in nets.items()}
+    opts = {role: torch.optim.AdamW(parameters, cfg.lr, (cfg.beta1, cfg.beta2), weight_decay=cfg.weight_decay,
+                                    fused=device.type != "mps") for role, parameters in trained.items()}
     start, before = resume(out / "last.pt", cfg, nets, opts, ema) if cfg.resume else (0, 0.0)
     if scored(cfg):
         fid.glyph_net()  # trained now rather than after the run, should anything be wrong with its place
-    turns = {role: Loss(getattr(objective, role), torch.compile(net) if cfg.compile else net, cfg)
-             for role, net in nets.items()}
+    turns = {role: Loss(getattr(objective, role), torch.compile(net) if cfg.compile else net, cfg,
+                        *(other for name, other in nets.items() if name != role)) for role, net in nets.items()}
     if dist.is_initialized():
         turns = {role: DistributedDataParallel(turn) for role, turn in turns.items()}
     if data.rank() == 0:
@@ -395,13 +449,16 @@ def train(cfg: Config) -> dict:
 
     workers = cfg.workers if cfg.workers >= 0 else min(4, os.cpu_count()) if isinstance(source, data.Files) else 0
     stream = data.stream(source, positions_from(start, cfg), cfg.seed, mirror, workers)
-    log, line, stopped, began = Log(out / "log.jsonl", start), {}, False, time.perf_counter() - before
+    log, line, stopped, began = Log(out / "log.jsonl", start, objective.alarm), {}, False, time.perf_counter() - before
     with StopSignal() as stop, \
          tqdm(total=cfg.steps, initial=start, desc="training", disable=data.rank() > 0) as bar:
         for step in range(start, cfg.steps):
-            role = objective.turns[step % len(objective.turns)]
-            net, opt, turn = nets[role], opts[role], turns[role]
-            opt.param_groups[0]["lr"] = learning_rate(step, cfg)
+            role = objective.turn(step, cfg)
+            opt, turn = opts[role], turns[role]
+            opt.param_groups[0]["lr"] = learning_rate(step, cfg, role)
+            for name, parameters in trained.items():  # the other network stands still: no gradient for its weights
+                for p in parameters:
+                    p.requires_grad_(name == role)
 
             # Gradient of the mean loss over the global batch. Processes exchange gradients in the last backward only.
             values = {}
@@ -413,11 +470,11 @@ def train(cfg: Config) -> dict:
                     (loss / cfg.accumulation).backward()
                 for name, value in {"loss": loss, **logs}.items():
                     values[name] = values.get(name, 0.0) + value.detach() / cfg.accumulation
-            norm = nn.utils.clip_grad_norm_(net.parameters(), cfg.clip or math.inf)
+            norm = nn.utils.clip_grad_norm_(trained[role], cfg.clip or math.inf)
             opt.step()
             opt.zero_grad()
             if role == "G":
-                update_ema(ema, net, step, cfg.ema)
+                update_ema(ema, nets["G"], step, cfg.ema)
 
             # Records. All processes leave together: the one that was asked to stop takes the others along.
             log.note(step, role, {**values, "grad_norm": norm})
@@ -515,7 +572,10 @@ def benchmark(cfg: Config, rounds: int = 5) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    cfg = data.parse(Config, argv, __doc__)
+    given = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    given.add_argument("--loss", default="fm")
+    method = losses.LOSSES.get(given.parse_known_args(argv)[0].loss, losses.LOSSES["fm"])
+    cfg = data.parse(Config, argv, __doc__, **method.defaults)
     if cfg.benchmark:
         return benchmark(cfg)
     if cfg.resume and (Path(cfg.out) / "last.pt").exists():  # go on as the run was; flags given now have the last word
