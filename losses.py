@@ -419,11 +419,15 @@ class Config:
     seed: int = 0
 
 
+ADVERSARIAL = Config(batch=256, betas=(0.0, 0.9), lr=1e-3, d_lr=1e-3, decay=False)
 SETTINGS = {
     "fm": Config(),
-    "cafm": Config(steps=2400, batch=256, betas=(0.0, 0.9), lr=1e-3, d_lr=1e-3, decay=False, ema=0.95),
-    "afm": Config(steps=3000, batch=256, betas=(0.0, 0.9), lr=1e-3, d_lr=1e-3, decay=False, ema=0.99, cp=0.01, ot=0.2,
-                  ot_end=0.02),
+    "cafm": dataclasses.replace(ADVERSARIAL, steps=2400, ema=0.95),
+    "afm": dataclasses.replace(ADVERSARIAL, steps=3000, ema=0.99, cp=0.01, ot=0.2, ot_end=0.02),
+}
+CONTROLS = {  # what each is there to show fails: a discriminator too slow for the generator, and maps that nothing ties
+    "cafm, 1 D step for 1 G step": dataclasses.replace(SETTINGS["cafm"], d_steps=1),
+    "afm without transport cost": dataclasses.replace(SETTINGS["afm"], ot=0.0, ot_end=0.0),
 }
 
 
@@ -538,6 +542,8 @@ def _density(mixture: Mixture, x: Tensor, t: Tensor) -> Tensor:
 @dataclasses.dataclass
 class Options:
     losses: str = option("", "objectives to train, such as fm,afm; empty: all")
+    steps: int = option(0, "steps of each; 0: as many as it needs")
+    controls: bool = option(False, "also train what should fail: cafm with a slow discriminator, afm without transport cost")
     seed: int = option(0, "seed of weights, data and noise")
     out: str = option("losses.png", "the picture to write")
 
@@ -547,18 +553,21 @@ def main(argv: list[str] | None = None) -> None:
     names = options.losses.split(",") if options.losses else list(LOSSES)
     if unknown := [name for name in names if name not in LOSSES]:
         raise ValueError(f"--losses {unknown[0]}: choose from {', '.join(LOSSES)}")
-    nets = {name: train_points(name, FOUR_MODES, dataclasses.replace(SETTINGS[name], seed=options.seed)) for name in names}
-    calls = {name: 50 if LOSSES[name].turn is not afm_turn else SETTINGS[name].nfe for name in nets}
-    print(f"\n1-D mixture of four modes against its closed form (losses.point_errors says what the columns are)\n"
-          f"{'objective':>10} {'steps':>6} {'batch':>6} {'sampled in':>11}" + "".join(f"{name:>10}" for name in
-          ("velocity", "map", "W1", "weight", "in mode")))
-    rows = {"exact v": point_errors(lambda x, t: FOUR_MODES.velocity(x, t), FOUR_MODES)}
-    rows |= {name: point_errors(net, FOUR_MODES, calls[name]) for name, net in nets.items()}
-    for name, errors in rows.items():
-        cfg = SETTINGS.get(name)
-        print(f"{name:>10} {cfg.steps if cfg else '':>6} {cfg.batch if cfg else '':>6} {calls.get(name, 50):>11}"
+    runs = {name: SETTINGS[name] for name in names} | (CONTROLS if options.controls else {})
+    nets, calls, rows = {}, {}, {"exact v": ("", "", 50, point_errors(FOUR_MODES.velocity, FOUR_MODES))}
+    for name, cfg in runs.items():
+        method = name.split(",")[0].split(" ")[0]
+        cfg = dataclasses.replace(cfg, seed=options.seed, steps=options.steps or cfg.steps)
+        nets[name] = train_points(method, FOUR_MODES, cfg)
+        calls[name] = LOSSES[method].sampling(dataclasses.asdict(cfg)).get("steps", 50)
+        rows[name] = cfg.steps, cfg.batch, calls[name], point_errors(nets[name], FOUR_MODES, calls[name])
+    print(f"\n1-D mixture of four modes against its closed form, seed {options.seed} (losses.point_errors says what the columns "
+          f"are)\n{'objective':>28} {'steps':>6} {'batch':>6} {'sampled in':>11}"
+          + "".join(f"{column:>10}" for column in rows["exact v"][-1]))
+    for name, (steps, batch, sampled, errors) in rows.items():
+        print(f"{name:>28} {steps:>6} {batch:>6} {sampled:>11}"
               + "".join(f"{value:>10.3f}" if value == value else f"{'-':>10}" for value in errors.values()))
-    draw_trajectories(nets, calls, FOUR_MODES, options.out)
+    draw_trajectories({name: nets[name] for name in names}, calls, FOUR_MODES, options.out)
     print(f"wrote {options.out}")
 
 
