@@ -2067,17 +2067,26 @@ def assert_same_state(a, b) -> None:
         assert same(a[part], b[part]), part
 
 
-def test_train_resume_is_bitwise(tmp_path):
-    """10 steps, and 5 + resume + 5, give the same weights, EMA and optimizer state, bit for bit, and one log."""
-    for accumulation in (1, 2):
-        a, b = tmp_path / f"a{accumulation}", tmp_path / f"b{accumulation}"
-        train.train(tiny_run(a, accumulation=accumulation))
-        train.train(tiny_run(b, accumulation=accumulation, steps=5))
-        assert checkpoint(b)["step"] == 5
-        train.train(tiny_run(b, accumulation=accumulation, resume=True))
-        assert_same_state(a, b)
-    logs = [[json.loads(line) for line in (tmp_path / out / "log.jsonl").read_text().splitlines()] for out in ("a1", "b1")]
-    assert [r["step"] for r in logs[1]] == [2, 4, 5, 6, 8, 10] and logs[0][-1]["loss"] == logs[1][-1]["loss"]
+ROLE_SETTINGS = {"fm": {}, "cafm": dict(d_steps=2, d_warmup=1), "afm": dict(ot=0.1, ot_end=0.1, beta1=0.0)}  # all roles soon
+
+
+@pytest.mark.parametrize("loss, accumulation", [("fm", 1), ("fm", 2), ("cafm", 1), ("cafm", 2), ("afm", 1)])
+def test_train_resume_is_bitwise(tmp_path, loss, accumulation):
+    """10 steps, and 5 + resume + 5, give the same weights, EMA and optimizer state of every network, bit for bit, and
+    one log."""
+    a, b = tmp_path / "a", tmp_path / "b"
+    options = dict(loss=loss, accumulation=accumulation, **ROLE_SETTINGS[loss])
+    train.train(tiny_run(a, **options))
+    train.train(tiny_run(b, steps=5, **options))
+    assert checkpoint(b)["step"] == 5
+    train.train(tiny_run(b, resume=True, **options))
+    assert_same_state(a, b)
+    logs = [[json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()] for out in (a, b)]
+    assert logs[0][-1]["loss"] == logs[1][-1]["loss"]
+    if loss == "fm":
+        assert [r["step"] for r in logs[1]] == [2, 4, 5, 6, 8, 10]
+    if loss == "afm":
+        assert checkpoint(a)["networks"]["D"]["weights"]["gradient_square"] > 0
 
 
 def test_train_sigterm_saves_and_resumes_bitwise(tmp_path):
@@ -2121,7 +2130,7 @@ torch.set_num_threads(1)
 sys.path.insert(0, {here!r})
 import train
 train.train(train.Config(out={out!r}, data={data!r}, steps=20, batch=8, accumulation={accumulation}, warmup=2, log_every=2,
-                         save_every=100, sample_every=0, score=0, sample_steps=2, device="cpu", loss={loss!r}))
+                         save_every=100, sample_every=0, score=0, sample_steps=2, device="cpu", loss={loss!r}, **{options!r}))
 """
 
 
@@ -2130,21 +2139,124 @@ def test_train_two_processes_equal_one(tmp_path, loss):
     """After 20 steps in float64 with AdamW, EMA and clipping, two gloo processes have the weights of one process to 1e-9,
     with and without accumulation, and log the same loss; accumulation alone changes nothing either."""
     runs = {}
-    for processes, accumulation in ((1, 1), (1, 4), (2, 1), (2, 2)):
+    for processes, accumulation in ((1, 1), (2, 1)) if loss == "afm" else ((1, 1), (1, 4), (2, 1), (2, 2)):
         out = tmp_path / f"{processes}x{accumulation}"
         script = tmp_path / f"{out.name}.py"
         script.write_text(TWO_PROCESSES.format(here=str(HERE), out=str(out), data=str(SMALL_SET),
-                                               accumulation=accumulation, loss=loss))
+                                               accumulation=accumulation, loss=loss, options=ROLE_SETTINGS[loss]))
         torchrun(processes, script)
         runs[out.name] = checkpoint(out), json.loads((out / "log.jsonl").read_text().splitlines()[-1])
     one, log = runs.pop("1x1")
     for name, (other, other_log) in runs.items():
-        for part in (lambda c: c["networks"]["G"]["weights"], lambda c: c["ema"]):
+        parts = [lambda c: c["ema"]] + [lambda c, role=role: c["networks"][role]["weights"] for role in one["networks"]]
+        for part in parts:
             error = max((a - b).abs().max().item() for a, b in zip(part(one).values(), part(other).values()))
             assert error < 1e-9, (name, error)
         assert abs(log["loss"] - other_log["loss"]) < 1e-6 and abs(log["grad_norm"] - other_log["grad_norm"]) < 1e-5, name
     first = torch.load(tmp_path / "1x1/last.pt", weights_only=True)["networks"]["G"]["weights"]
     assert first["final_layer.linear.weight"].abs().max() > 1e-3  # something was learned, so equality says something
+
+
+@pytest.mark.parametrize("loss", ["cafm", "afm"])
+def test_train_moves_one_network_at_a_time(tmp_path, loss, monkeypatch):
+    """A step of D leaves G and its EMA bit for bit where they were, and the other way round; positions never train."""
+    states = []
+    monkeypatch.setattr(train, "save_checkpoint", lambda path, step, seconds, cfg, nets, opts, ema: states.append(
+        {role: {k: v.clone() for k, v in net.state_dict().items()} for role, net in (*nets.items(), ("ema", ema))}))
+    cfg = tiny_run(tmp_path / "run", loss=loss, steps=6, save_every=1, log_every=1, **ROLE_SETTINGS[loss])
+    train.train(cfg)
+    turns = [losses.LOSSES[loss].turn(step, cfg) for step in range(1, 6)]
+    assert set(turns) == {"D", "G"}
+    for before, after, role in zip(states, states[1:], turns):
+        moved = {name for name in before for k in before[name]
+                 if k != "gradient_square" and not torch.equal(before[name][k], after[name][k])}
+        assert moved == ({"D"} if role == "D" else {"G", "ema"})
+        assert all(torch.equal(before[name]["pos_embed"], after[name]["pos_embed"]) for name in before)
+    rows = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    assert {row["role"] for row in rows} == {"D", "G"} and all("grad_norm" in row for row in rows)
+
+
+def test_train_discriminator_starts_from_the_generator(tmp_path, capsys):
+    """--init: D has the generator's trunk and a fresh token and head; --d_init: the D of a run, or of an official file,
+    whose time is turned; without --init cafm says that it will be slow."""
+    train.train(tiny_run(tmp_path / "fm", steps=3))
+    capsys.readouterr()
+    cfg = tiny_run(tmp_path / "cafm", loss="cafm", steps=1, lr=1e-9, init=str(tmp_path / "fm"))
+    train.train(cfg)
+    assert "scratch" not in capsys.readouterr().err
+    D, ema = checkpoint(tmp_path / "cafm")["networks"]["D"]["weights"], checkpoint(tmp_path / "fm")["ema"]
+    for key, value in ema.items():
+        assert key.startswith("final_layer") or (D[key] - value).abs().max() < 1e-8, key
+    assert D["final_layer.1.weight"].abs().max() > 0.01 and D["dis_embed"].std() > 0.01
+    train.train(tiny_run(tmp_path / "more", loss="cafm", steps=1, lr=1e-9, d_init=str(tmp_path / "cafm")))
+    assert "from scratch" in capsys.readouterr().err
+    again = checkpoint(tmp_path / "more")["networks"]["D"]["weights"]
+    assert all((again[key] - D[key]).abs().max() < 1e-8 for key in D)
+    net = tiny(cls=model.Discriminator)
+    torch.save({k: v for k, v in net.state_dict().items() if k != "gradient_square"}, tmp_path / "official.pt")
+    turned = tiny(cls=model.Discriminator)
+    turned.load_state_dict(model.discriminator_weights(tmp_path / "official.pt"))
+    x, t, y = torch.randn(2, 3, 8, 8), torch.tensor([.2, .9]), torch.tensor([1, 2])
+    assert (turned(x, t, y) - net(x, 1 - t, y)).abs().max() < 1e-5 and (turned(x, t, y) - net(x, t, y)).abs().max() > 1e-3
+
+    run = lambda **options: train.train(tiny_run(tmp_path / "no", loss="cafm", **options))  # noqa: E731
+    raises(lambda: run(d_init=str(tmp_path / "fm")), "without a discriminator", "cafm")
+    raises(lambda: run(d_init=str(tmp_path / "official.pt")), "weights of another network", "official.pt")
+    torch.save({"a": torch.ones(1)}, tmp_path / "nothing.pt")
+    raises(lambda: run(d_init=str(tmp_path / "nothing.pt")), "dis_embed is missing")
+    raises(lambda: run(d_init=str(tmp_path / "absent.pt")), "absent.pt")
+    raises(lambda: run(d_steps=0), "--d_steps 0")
+    raises(lambda: run(route="finite", interval=0.0), "--interval 0")
+    raises(lambda: train.train(tiny_run(tmp_path / "no", loss="afm", nfe=0)), "--nfe 0")
+    raises(lambda: train.train(tiny_run(tmp_path / "no", loss="afm", accumulation=2)), "--accumulation 1")
+    raises(lambda: train.train(tiny_run(tmp_path / "cafm", loss="fm", resume=True)), "--loss cafm", "--init")
+
+
+def test_train_says_when_the_discriminator_wins(tmp_path, capsys):
+    """A mean loss of D below the method's alarm is told once."""
+    log = train.Log(tmp_path / "log.jsonl", 0, alarm=0.2)
+    for step, value in ((0, 1.9), (1, 0.1), (2, 0.05)):
+        log.note(step, "D", {"loss": torch.tensor(value)})
+        log.note(step, "G", {"loss": torch.tensor(0.01)})
+        log.flush(train.Config(), 0.1)
+    told = capsys.readouterr().err
+    assert told.count("the discriminator wins") == 1 and "step 2" in told and "0.100" in told and "--d_lr" in told
+    assert losses.LOSSES["cafm"].alarm > 0 and losses.LOSSES["afm"].alarm > 0
+
+
+def test_train_methods_bring_their_settings(tmp_path, capsys):
+    """--loss NAME takes the paper's settings where no flag is given, shown by --help; a resumed run keeps its own."""
+    out = tmp_path / "run"
+    flags = f"--loss afm --out {out} --data {SMALL_SET} --steps 2 --batch 8 --score 0 --sample_every 0 --device cpu".split()
+    train.main([*flags, "--ot", "0.3"])
+    config = checkpoint(out)["config"]
+    assert config["beta1"] == 0 and config["ot"] == 0.3 and config["cp"] == 0.01 and config["label_drop"] == 0
+    train.main(["--resume", "--out", str(out), "--steps", "3"])
+    assert checkpoint(out)["step"] == 3 and checkpoint(out)["config"]["loss"] == "afm"
+    with pytest.raises(SystemExit):
+        train.main(["--loss", "cafm", "--help"])
+    assert re.search(r"--beta1 .*\(default:\s+0.0\)", " ".join(capsys.readouterr().out.split()))
+    rate = lambda role, **options: train.learning_rate(50, train.Config(lr=1.0, warmup=1, decay="constant", **options), role)  # noqa: E731
+    assert rate("D") == rate("G") == 1 and rate("D", d_lr=0.5) == 0.5 and rate("G", d_lr=0.5) == 1
+
+
+def test_train_afm_samples_by_its_own_jumps(tmp_path, capsys):
+    """A run of jumps is sampled, in the loop and by sample.py, in its own number of steps; other flags are refused."""
+    out = tmp_path / "run"
+    train.train(tiny_run(out, loss="afm", nfe=2, steps=2))
+    sample.main([str(out), "--n", "4", "--out", str(tmp_path / "a.png")])
+    assert "euler, 2 steps, 2 network evaluations, no guidance" in capsys.readouterr().out
+    raises(lambda: sample.main([str(out), "--steps", "4"]), "--steps 4", "it is 2")
+    raises(lambda: sample.main([str(out), "--guidance", "2"]), "--guidance 2", "it is 1")
+    net = model.load(out / "last.pt")
+    labels = sample.labels_for(4, 10)
+    (_, made), = sample.generate(net, labels, 0, steps=2, solver="euler")
+    with torch.no_grad():
+        x, half = data.Draws(0, range(4)).normal("sample noise", net.shape), torch.full((4,), .5)
+        x = losses.jump(net, x, 2 * half, half, labels)
+        x = losses.jump(net, x, half, 0 * half, labels)
+    assert torch.equal(data.to_uint8(x), made)
+    assert train.sampling(train.Config(loss="afm", nfe=2), 1.5)["guidance"] == 1 and train.sampling(train.Config(), 1.5)["guidance"] == 1.5
 
 
 def test_train_positions_cover_every_image_once():

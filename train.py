@@ -404,7 +404,7 @@ def build_discriminator(cfg: Config, net: model.DiT) -> model.Discriminator:
     elif cfg.init and not cfg.resume:
         trunk = {k: v for k, v in net.state_dict().items() if not k.startswith("final_layer.")}
         model.load_weights(D, D.state_dict() | trunk, cfg.init)
-    elif cfg.loss == "cafm" and not cfg.resume:
+    if cfg.loss == "cafm" and not (cfg.init or cfg.resume):
         fid.note("cafm without --init trains from scratch, which is slower than post-training a flow: give --init "
                  "RUN_OR_CHECKPOINT to start from one")
     D.amp = net.amp
