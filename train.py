@@ -16,6 +16,7 @@ import argparse
 import contextlib
 import copy
 import dataclasses
+import io
 import json
 import math
 import os
@@ -92,7 +93,7 @@ class Config:
     sample_steps: int = option(25, "solver steps of grids and scores")
     solver: str = option("ab2", "solver of grids and scores", tuple(sample.SOLVERS))
     guidance: float = option(1.5, "guidance scale of grids and of the guided score")
-    benchmark: bool = option(False, "only time training steps against plain PyTorch, and print the table")
+    benchmark: bool = option(False, "only time training steps: against plain PyTorch, and each role of each objective")
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -571,13 +572,47 @@ def benchmark(cfg: Config, rounds: int = 5) -> None:
               f"{np.median(plain / ours):>6.2f}  {' '.join(f'{r:.2f}' for r in plain / ours)}")
 
 
+def role_costs(cfg: Config, rounds: int = 5, batch: int = 32) -> None:
+    """Print time and peak memory of each role of each objective, up to its gradients, in flow-matching steps."""
+    device = torch.device("cuda" if torch.cuda.is_available() and cfg.device != "cpu" else "cpu")
+    print(f"\nloss and gradients of each role on glyph-S, batch {batch}, float32, on {device}: time in flow-matching steps, "
+          f"median of {rounds} rounds in turn, and peak memory")
+    steps = {}
+    for name, objective in losses.LOSSES.items():
+        for route in ("reverse", "forward", "finite") if name == "cafm" else ("",):
+            own = dataclasses.replace(cfg, loss=name, init="", d_init="", **objective.defaults | ({"route": route} if route else {}))
+            with contextlib.redirect_stderr(io.StringIO()):  # no advice here
+                nets = {"G": model.create("glyph-S").to(device)}
+                if objective.D:
+                    nets["D"] = build_discriminator(own, nets["G"])
+            for role in nets:
+                steps[f"{name} {role} {route}".strip()] = _role_step(objective, role, nets, own, batch)
+    times = model.in_turn(steps, rounds, device.type)
+    for name, step in steps.items():
+        print(f"{name:>16} {times[name] / times['fm G']:>7.2f} x {model.peak_megabytes(step, device.type):>8.0f} MB")
+
+
+def _role_step(objective: losses.Objective, role: str, nets: dict, cfg: Config, batch: int):
+    x = torch.rand(batch, *nets["G"].shape, device=nets["G"].pos_embed.device) * 2 - 1
+    y, draws = torch.arange(batch, device=x.device) % 10, data.Draws(cfg.seed, range(batch), x.device)
+
+    def step():
+        for name, net in nets.items():
+            net.requires_grad_(name == role).zero_grad()
+            net.pos_embed.requires_grad_(False)
+        getattr(objective, role)(nets[role], x, y, draws, cfg, *(net for name, net in nets.items() if name != role))[0].backward()
+
+    return step
+
+
 def main(argv: list[str] | None = None) -> None:
     given = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     given.add_argument("--loss", default="fm")
     method = losses.LOSSES.get(given.parse_known_args(argv)[0].loss, losses.LOSSES["fm"])
     cfg = data.parse(Config, argv, __doc__, **method.defaults)
     if cfg.benchmark:
-        return benchmark(cfg)
+        benchmark(cfg)
+        return role_costs(cfg)
     if cfg.resume and (Path(cfg.out) / "last.pt").exists():  # go on as the run was; flags given now have the last word
         was = model.read_checkpoint(Path(cfg.out) / "last.pt").get("config", {})
         cfg = data.parse(Config, argv, __doc__, **{k: v for k, v in was.items() if hasattr(cfg, k) and k not in ("out", "resume")})
