@@ -243,7 +243,7 @@ class NormaliseGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, g):
-        now = g.float().square().sum() * g.numel()
+        now = g.to(torch.promote_types(g.dtype, torch.float32)).square().sum() * g.numel()
         if dist.is_initialized():
             dist.all_reduce(now)
             now /= dist.get_world_size()
