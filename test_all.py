@@ -1402,6 +1402,14 @@ def test_losses_afm_values():
     assert abs(real - D(x, 0).mean()) < 1e-6 and abs(fake - D(e - u, 0).mean()) < 1e-6
     loss, _ = losses.afm_D(D, x, y, draws, losses.Config(gp=0.0, cp=0.0), ConstantG(u))
     assert abs(loss - nn.functional.softplus(D(e - u, 0) - D(x, 0)).mean()) < 1e-6
+    _, logs = losses.afm_G(ConstantG(u), x, y, draws, losses.Config(), D)
+    assert abs(logs["adversarial"] - nn.functional.softplus(D(x, 0) - D(e - u, 0)).mean()) < 1e-6
+    torch.manual_seed(0)
+    D, one, zero = losses.PointDiscriminator(2), torch.ones(64), torch.zeros(64)
+    without, logs = (losses.afm_D(D, x, y, draws, losses.Config(gp=0.0), ConstantG(u)))
+    assert abs(losses.afm_D(D, x, y, draws, losses.Config(gp=2.0), ConstantG(u))[0] - without - 2 * (logs["r1"] + logs["r2"])) < 1e-5
+    for name, at in (("R1", x), ("R2", e - u)):
+        assert abs(logs[name.lower()] - losses.flatness(D, at, D(at, zero), one, zero, y, draws, name)) < 1e-6
 
 
 def test_losses_afm_penalty():
