@@ -7,6 +7,9 @@
                                     v and e - x look alike       gradient              (D)
     afm   jump u: x_r = x_s -       that D's values at x_r and   G, D 2.5 times        no                         arXiv:2511.22475            test_losses_afm_*
           (s - r) u(x_s, s)         data look alike
+    cat   images h_1 .. h_K of a    that D's values at each      G, D 2.5 times        no                         arXiv:2605.26449            test_losses_cat_*
+          latent, K stages          scale of h and data look
+                                    alike, and h_k like h_K
 
 Time runs from data (t = 0) to noise (t = 1): x_t = (1 - t) x + t e with e ~ N(0, I), and v = dx_t/dt = e - x.
 
@@ -203,6 +206,97 @@ def afm_G(G, x: Tensor, y: Tensor, draws: data.Draws, cfg, D) -> tuple[Tensor, d
     return loss, {"adversarial": adversarial, "distance": distance.mean()}
 
 
+def cat_D(D, x: Tensor, y: Tensor, draws: data.Draws, cfg, G) -> tuple[Tensor, dict]:
+    """CAT's discriminator, one relativistic game a scale (arXiv:2605.26449; GAT, arXiv:2509.24935):
+
+        mean over scales of E softplus(f_k - r_k) + gp (R1 + R2),   r = D(pyramid of x), f = D(stages, each at its scale).
+
+    R1, R2: see `scale_flatness`. paper: D and G see the same batch, and D also matches features of DINOv2 (REPA); here: each
+    step has a batch of its own, as for every objective, and no second network is needed.
+    """
+    e = draws.normal("noise", x.shape[1:])
+    with torch.no_grad():
+        h = G.stages(e, y)
+
+    real, made = pyramid(x.expand(h.shape), draws, cfg), pyramid(h, draws, cfg)
+
+    r, f = D(real, y), D(made, y)
+    r1 = scale_flatness(D, real, r, y, draws, "R1")
+    r2 = scale_flatness(D, made, f, y, draws, "R2")
+    loss = F.softplus(f - r).mean() + cfg.gp * (r1 + r2)
+    return loss, {"real": r.mean(), "fake": f.mean(), "r1": r1, "r2": r2}
+
+
+def cat_G(G, x: Tensor, y: Tensor, draws: data.Draws, cfg, D) -> tuple[Tensor, dict]:
+    """CAT's generator: mean over scales of E softplus(r_k - f_k) + cons L_cons   (arXiv:2605.26449), see `consistency`.
+
+    Logged: mean |h_k - h_{k+1}|^2, how much stages rewrite each other, and the cosine of `agreement` at the first stage.
+    """
+    e = draws.normal("noise", x.shape[1:])
+    h = G.stages(e, y)
+
+    with torch.no_grad():
+        r = D(pyramid(x.expand(h.shape), draws, cfg), y)
+    f = D(pyramid(h, draws, cfg), y)
+
+    adversarial, distance = F.softplus(r - f).mean(), consistency(h, cfg)
+    return adversarial + cfg.cons * distance, {"adversarial": adversarial, "consistency": distance,
+                                               "rewriting": h.diff(dim=0).square().mean(), "cosine": agreement(h)[0]}
+
+
+def pyramid(h: Tensor, draws: data.Draws, cfg) -> list[Tensor]:
+    """Stages h (K, B, C, h, w) as D sees them, finest first: h_K at full size, h_{K-1} averaged over 2 x 2 pixels, ...
+
+    Augmented before that, so that all scales, data and samples have the same shift and hole.
+    """
+    return [F.avg_pool2d(x, 2 ** k) for k, x in enumerate(augment(h, draws, cfg.augment).flip(0))]
+
+
+def consistency(h: Tensor, cfg) -> Tensor:
+    """L_cons = 1 / (K - 1) sum_{k < K} w_k mean |h_k - h_K|^2, w_k = 1 / (K - k): the last stage is everyone's anchor.
+
+    Without `cons_detach` the head of the first stage has no gradient from it, because h_k - h_K is minus the later heads;
+    with it the last one has none. cons_space: compare at full resolution, or at the one where D sees the stage.
+    """
+    gaps = h[:-1] - (h[-1].detach() if cfg.cons_detach else h[-1])
+    shrink = [2 ** k if cfg.cons_space == "own" else 1 for k in range(len(h) - 1, 0, -1)]
+    return torch.stack([F.avg_pool2d(gap, size).square().mean() / (len(gaps) - k)
+                        for k, (gap, size) in enumerate(zip(gaps, shrink))]).mean()
+
+
+def agreement(h: Tensor) -> Tensor:
+    """Cosine of the update h_{k+1} - h_k and what is still to come, h_K - h_k, for k < K: (K - 1,), 1 for the last."""
+    return F.cosine_similarity(h.diff(dim=0).flatten(2), (h[-1] - h[:-1]).flatten(2), dim=2).mean(1)
+
+
+def augment(x: Tensor, draws: data.Draws, p: float) -> Tensor:
+    """DiffAugment (arXiv:2006.10738): with probability p each, sample b of x (K, B, C, h, w) is made brighter or darker by up
+    to 0.5, shifted by up to an eighth of the image, and has a square of half its side cut out. Filled with 0.
+
+    All draws depend on the sample only. paper: also saturation and contrast.
+    """
+    if not p:
+        return x
+    (K, B, C, h, w), device = x.shape, x.device
+
+    def amount(name):  # (B,): uniform in [-1, 1)
+        return 2 * draws.uniform(f"augment {name}") - 1
+
+    def on(name):
+        return draws.uniform(f"augment whether {name}") < p
+
+    x = x + (0.5 * amount("brightness") * on("brightness")).view(B, 1, 1, 1)
+    down, right = (((amount(name) * size / 8).round() * on("shift")).long() for name, size in (("down", h), ("right", w)))
+    row, column = torch.arange(h, device=device), torch.arange(w, device=device)
+    edge = h // 8, w // 8
+    rows, columns = row + (edge[0] - down)[:, None], column + (edge[1] - right)[:, None]          # (B, h), (B, w)
+    x = F.pad(x, (edge[1], edge[1], edge[0], edge[0]))
+    x = x[:, torch.arange(B, device=device)[:, None, None], :, rows[:, :, None], columns[:, None]].permute(3, 0, 4, 1, 2)
+    far_y = (row - (amount("hole's row")[:, None] + 1) * h / 2).abs() > h / 4                     # (B, h)
+    far_x = (column - (amount("hole's column")[:, None] + 1) * w / 2).abs() > w / 4
+    return x * (far_y[:, :, None] | far_x[:, None] | ~on("hole")[:, None, None])[:, None]
+
+
 def jump(G, x_s: Tensor, s: Tensor, r: Tensor, y: Tensor) -> Tensor:
     """x_s - (s - r) u(x_s, s, y, r): from time s to r. A network that predicts x gives it directly where s = 1, r = 0."""
     return x_s - (s - r).view(-1, *[1] * (x_s.dim() - 1)) * G(x_s, s, y, r)
@@ -220,10 +314,26 @@ def flatness(D, x: Tensor, out: Tensor, s: Tensor, r: Tensor, y: Tensor, draws, 
     Its mean over n is |grad_x D|^2, and a little more where D is curved (arXiv:2511.22475, Sec. 3.5, Eq. 20). Every
     fourth sample of the run takes part.
     """
-    rows = torch.tensor([i for i, position in enumerate(draws.positions) if position % 4 == 0], device=x.device).long()
+    rows = every_fourth(draws, x.device)
     n = draws.normal(purpose, x.shape[1:])[rows]
     change = (D(x[rows] + step * n, r[rows], y[rows]) - out[rows]) / step
     return ((s - r)[rows].clamp_min(1e-3) * change.square()).sum() * 4 / len(x)
+
+
+def scale_flatness(D, images: list[Tensor], out: Tensor, y: Tensor, draws, purpose: str, step: float = 0.01) -> Tensor:
+    """The same of the sum over scales of D, n being noise at every scale: its mean is sum_k |grad D_k|^2.
+
+    The noise comes after `augment`: what is compared has the same shift and hole.
+    """
+    rows = every_fourth(draws, y.device)
+    noisy = [x[rows] + step * draws.normal(f"{purpose}, scale {k}", x.shape[1:])[rows] for k, x in enumerate(images)]
+    change = (D(noisy, y[rows]) - out[rows]).sum(1) / step
+    return change.square().sum() * 4 / len(y)
+
+
+def every_fourth(draws, device) -> Tensor:
+    """Where in this micro-batch the samples are whose position in the run is a multiple of 4."""
+    return torch.tensor([i for i, position in enumerate(draws.positions) if position % 4 == 0], device=device).long()
 
 
 class NormaliseGradient(torch.autograd.Function):
@@ -276,7 +386,9 @@ class Objective(typing.NamedTuple):
     D: typing.Callable | None = None
     turn: typing.Callable = only_G
     defaults: dict = {}
-    discriminator: dict = {}  # options of model.Discriminator
+    generator: typing.Callable = lambda settings: {}  # options of model.create, from a run's settings
+    kind: type = model.Discriminator
+    discriminator: dict = {}  # its options
     alarm: float = 0.0        # a mean loss of D below this: D has won
     sampling: typing.Callable = lambda settings: {}  # how a run's samples are made, where that is not a matter of choice
 
@@ -290,6 +402,10 @@ LOSSES = {
                      defaults=dict(beta1=0.0, beta2=0.9, label_drop=0.0, weight_decay=0.01, decay="constant", lr=5e-4,
                                    d_lr=5e-4, cp=0.01, ot=0.2, ot_end=0.01, clip=0.0),
                      sampling=lambda settings: dict(steps=settings["nfe"], solver="euler", guidance=1.0)),
+    "cat": Objective(cat_G, cat_D, afm_turn, alarm=0.05, kind=model.ScaleDiscriminator,
+                     generator=lambda settings: dict(stages=settings["stages"]),
+                     defaults=dict(beta1=0.0, beta2=0.99, label_drop=0.0, decay="constant", lr=1e-3, gp=0.5, augment=0.5),
+                     sampling=lambda settings: dict(steps=1, solver="euler", guidance=1.0)),
 }
 
 
@@ -397,7 +513,7 @@ class PointDiscriminator(PointNet):
 
 @dataclasses.dataclass
 class Config:
-    """Settings of one run on points; `SETTINGS` has those of each objective."""
+    """Settings of one run on points; `SETTINGS` has those of each objective that points are enough for."""
     steps: int = 2000
     batch: int = 512
     lr: float = 2e-3
@@ -554,9 +670,9 @@ class Options:
 
 def main(argv: list[str] | None = None) -> None:
     options = data.parse(Options, argv, "Train every objective on a 1-D mixture and compare with the closed form.")
-    names = options.losses.split(",") if options.losses else list(LOSSES)
-    if unknown := [name for name in names if name not in LOSSES]:
-        raise ValueError(f"--losses {unknown[0]}: choose from {', '.join(LOSSES)}")
+    names = options.losses.split(",") if options.losses else list(SETTINGS)
+    if unknown := [name for name in names if name not in SETTINGS]:
+        raise ValueError(f"--losses {unknown[0]}: choose from {', '.join(SETTINGS)} (cat is for images: they have scales)")
     runs = {name: SETTINGS[name] for name in names} | (CONTROLS if options.controls else {})
     nets, calls, rows = {}, {}, {"exact v": ("", "", 50, point_errors(FOUR_MODES.velocity, FOUR_MODES))}
     for name, cfg in runs.items():

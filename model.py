@@ -1,5 +1,5 @@
-"""The network: attention with its derivatives, one DiT/SiT transformer, CAFM's discriminator, derivatives of a network
-with respect to its input, the zoo, and the reading of official checkpoints.
+"""The network: attention with its derivatives, one DiT/SiT transformer, CAFM's discriminator, CAT's pair, derivatives of a
+network with respect to its input, the zoo, and the reading of official checkpoints.
 
 A network maps (x_t, t, y) to the velocity of the flow at x_t, with t = 0 data and t = 1 noise, whatever its last layer
 predicts inside:
@@ -706,6 +706,95 @@ class Discriminator(DiT):
         return out.to(torch.promote_types(out.dtype, torch.float32))
 
 
+class StagedDiT(DiT):
+    """CAT's generator (arXiv:2605.26449): one pass from a latent to an image in `stages` (K) coarse-to-fine stages.
+
+    A mapping network turns z and the class into w, which modulates every block; the tokens start as their positions. After
+    floor(k depth / K) blocks, k = 1 .. K, a head adds to the image: h_k = sum_{j <= k} head_j (GAT, arXiv:2509.24935).
+    The latent z is the first `latent` numbers of the noise image x_t at t = 1, and the last stage is the clean image x that
+    DiT.forward turns into a velocity: so the jump from 1 to 0 that other networks make of noise is h_K here.
+
+    GAT: 2-D RoPE, query-key norm, SwiGLU, scale and gate only, a mapping with 1 / 100 of the learning rate; here: DiT's
+    blocks. As there, modulations start at a tenth of Xavier's size: adaLN-zero's zeros would hide z from the images.
+    """
+
+    def __init__(self, stages: int = 3, latent: int = 64, **config):
+        super().__init__(**config | dict(predict="x", learn_sigma=False))
+        self.config |= dict(stages=stages, latent=latent)
+        width, depth, numbers = self.config["width"], self.config["depth"], math.prod(self.shape)
+        if not 2 <= stages <= depth or not 1 <= latent <= numbers:
+            raise ValueError(f"{stages} stages and a latent of {latent}: expected 2 to {depth} stages (the blocks), and 1 to "
+                             f"{numbers} numbers (an image)")
+        del self.x_embedder, self.t_embedder
+        self.latent, self.ends = latent, [depth * k // stages for k in range(1, stages + 1)]
+        self.norm = RMSNorm()
+        self.mapping = nn.Sequential(nn.Linear(latent + width, width), nn.SiLU(), nn.Linear(width, width))
+        self.final_layer = nn.ModuleList(FinalLayer(width, self.patch, self.channels, self.config["norm"]) for _ in self.ends)
+        wake(*self.blocks, *self.final_layer)
+
+    def stages(self, e: Tensor, y: Tensor) -> Tensor:
+        """All stages h_1 .. h_K (K, B, C, h, w), float32 or wider, from noise e (B, C, h, w) and labels y (B,)."""
+        with torch.autocast(e.device.type, self.amp) if self.amp else contextlib.nullcontext():
+            z = e.flatten(1)[:, :self.latent]
+            w = self.mapping(torch.cat([self.norm(z), self.norm(self.y_embedder(y))], 1))         # (B, W)
+            x, images = self.pos_embed.expand(len(e), -1, -1), []
+            for k, block in enumerate(self.blocks, 1):
+                x = block(x, w)
+                if k in self.ends:
+                    images.append(self.unpatchify(self.final_layer[len(images)](x, w)))
+        images = torch.stack(images)
+        return images.to(torch.promote_types(images.dtype, torch.float32)).cumsum(0)
+
+    def raw(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        """The last stage, whatever t."""
+        return self.stages(x, y)[-1]
+
+
+class ScaleDiscriminator(DiT):
+    """CAT's discriminator (arXiv:2605.26449): a number for each of K scales of an image, finest first, each judged alone.
+
+    Scales share the patch embedding, the blocks and the head; each has its positions, a scale embedding and a token that is
+    read out. No token sees another scale, which hurts: one pass a scale is the block-diagonal mask of the paper, exactly.
+    paper: the class enters by a projection in the head (GAT); here: by adaLN, as in `Discriminator`, because the blocks have
+    it. `predict`, `t_min`, `learn_sigma` and `latent` mean nothing here.
+    """
+
+    def __init__(self, stages: int = 3, latent: int = 0, **config):
+        super().__init__(**config)
+        self.config |= dict(stages=stages, latent=latent)
+        width, size = self.config["width"], self.shape[1]
+        if stages < 1 or size % (self.patch << stages - 1):
+            raise ValueError(f"{stages} scales of an image of {size} pixels do not divide into patches of {self.patch}: "
+                             f"choose fewer stages, smaller patches, or a size that is a multiple of {self.patch << stages - 1}")
+        del self.t_embedder
+        self.sides = [size // self.patch >> k for k in range(stages)]
+        self.pos_embed = nn.Parameter(torch.cat([position_table(width, side) for side in self.sides], 1), requires_grad=False)
+        self.scale_embed, self.dis_embed = (nn.Parameter(0.02 * torch.randn(stages, width)) for _ in range(2))
+        self.norm = RMSNorm()
+        self.final_layer = nn.Sequential(normalisation(self.config["norm"], width), nn.Linear(width, 1, bias=False))
+        wake(*self.blocks)
+
+    def forward(self, images: list[Tensor], y: Tensor) -> Tensor:
+        """K images (B, C, h / 2^k, w / 2^k), k = 0 .. K - 1, and y (B,) -> (B, K), float32 or wider."""
+        outs, positions = [], self.pos_embed.split([side * side for side in self.sides], 1)
+        with torch.autocast(y.device.type, self.amp) if self.amp else contextlib.nullcontext():
+            c = self.norm(self.y_embedder(y))                                                     # (B, W)
+            for x, position, scale, token in zip(images, positions, self.scale_embed, self.dis_embed, strict=True):
+                x = self.x_embedder(x) + position + scale                                         # (B, N / 4^k, W)
+                x = torch.cat([token.expand(len(x), 1, -1).to(x.dtype), x], 1)
+                for block in self.blocks:
+                    x = block(x, c)
+                outs.append(self.final_layer(x[:, 0]))
+        out = torch.cat(outs, 1)                                                                  # (B, K)
+        return out.to(torch.promote_types(out.dtype, torch.float32))
+
+
+def wake(*layers: nn.Module) -> None:
+    """Modulations from a tenth of Xavier's size in place of adaLN-zero (GAT, arXiv:2509.24935)."""
+    for layer in layers:
+        nn.init.xavier_uniform_(layer.adaLN_modulation[1].weight, gain=0.1)
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # 4. Derivatives of a network with respect to its input
 # --------------------------------------------------------------------------------------------------------------------
@@ -833,10 +922,17 @@ ZOO |= {f"SiT-{size}/{patch}": dict(patch=patch, width=width, depth=depth, heads
 
 
 def create(name: str, **options) -> DiT:
-    """A fresh network of the zoo; `options` override its entries (input_size, channels, num_classes, predict, ...)."""
+    """A fresh network of the zoo; `options` override its entries (input_size, channels, num_classes, predict, ...).
+
+    With `stages` among them it is a StagedDiT.
+    """
     if name not in ZOO:
         raise ValueError(f"no model {name!r}: choose one of {', '.join(ZOO)}")
-    return DiT(**(ZOO[name] | options))
+    return from_config(ZOO[name] | options)
+
+
+def from_config(config: dict) -> DiT:
+    return (StagedDiT if "stages" in config else DiT)(**config)
 
 
 def multiply_adds(net: DiT) -> int:
@@ -894,7 +990,7 @@ def load(path, ema: bool = True, kind: str = "", heads: int = 0) -> DiT:
         if config["predict"] == "v" and not own_time:  # REPA's files, known by their projectors, have our time already
             weights = reverse_time(weights)
     try:
-        net = DiT(**config)
+        net = from_config(config)
     except TypeError as error:
         raise ValueError(f"{path}: made by another version of triflow ({error})") from error
     load_weights(net, weights, path)

@@ -75,9 +75,14 @@ class Config:
     interval: float = option(0.05, "cafm --route finite: length in time")
     nfe: int = option(1, "afm: jumps from noise to data")
     cp: float = option(0.001, "cafm, afm: weight of the penalty that centres D's values")
-    gp: float = option(0.25, "afm: weight of the gradient penalties R1 and R2")
+    gp: float = option(0.25, "afm, cat: weight of the gradient penalties R1 and R2")
     ot: float = option(0.0, "cafm, afm: weight of the transport cost at the first step")
     ot_end: float = option(0.0, "cafm, afm: the same at the last step, half a cosine later")
+    stages: int = option(3, "cat: stages of the generator, and scales of the discriminator")
+    cons: float = option(0.1, "cat: weight of the distance of the stages to the last one")
+    cons_detach: bool = option(False, "cat: the last stage is a constant in it")
+    cons_space: str = option("full", "cat: compare stages at full resolution, or at each one's own", ("full", "own"))
+    augment: float = option(0.0, "cat: probability of each of the augmentations that D sees images through")
     seed: int = option(0, "everything random follows from it")
     device: str = option("auto", "where to run", ("auto", "cpu", "cuda", "mps"))
     amp: str = option("auto", "bfloat16 autocast around the network; auto: on CUDA", ("auto", "bf16", "off"))
@@ -148,6 +153,8 @@ def check(cfg: Config) -> None:
                          f"--accumulation 1 and a smaller --batch or more processes")
     if cfg.loss == "cafm" and (cfg.d_steps < 1 or not 0 < cfg.interval <= 1):
         raise ValueError(f"--d_steps {cfg.d_steps} --interval {cfg.interval}: expected at least 1, and in (0, 1]")
+    if cfg.loss == "cat" and (cfg.stages < 2 or not 0 <= cfg.augment <= 1):
+        raise ValueError(f"--stages {cfg.stages} --augment {cfg.augment}: expected at least 2, and in [0, 1]")
     if cfg.data in ("glyphs:1", "glyphs:2", "glyphs:3"):
         raise ValueError(f"--data {cfg.data}: these images are held out to score with; train on glyphs, or glyphs:4 and on")
 
@@ -229,7 +236,7 @@ def resume(path: Path, cfg: Config, nets: dict, opts: dict, ema: nn.Module) -> t
     for name, old in content["config"].items():
         new = getattr(cfg, name, None)
         if new != old and name not in ("resume", "out"):
-            if name in ("loss", "model", "predict", "data", "size", "nfe"):
+            if name in ("loss", "model", "predict", "data", "size", "nfe", "stages"):
                 raise ValueError(f"{path}: was trained with --{name} {old}, not {new}: resume with --{name} {old}, or "
                                  f"start a new run from its weights with --init {path} --out FOLDER")
             fid.note(f"resuming with --{name} {new} (was {old})")
@@ -372,6 +379,7 @@ def score(ema: nn.Module, cfg: Config) -> dict:
 def build(cfg: Config, source, device: torch.device) -> model.DiT:
     """The network for this data, freshly initialised or from --init."""
     options = dict(input_size=source.shape[1], channels=source.shape[0], num_classes=source.num_classes)
+    options |= losses.LOSSES[cfg.loss].generator(dataclasses.asdict(cfg))
     options |= dict(predict=cfg.predict) if cfg.predict else {}
     path = sample.find_checkpoint(cfg.out if cfg.resume else cfg.init) if cfg.resume or cfg.init else None
     given = model.load(path) if path else None
@@ -395,14 +403,15 @@ def build(cfg: Config, source, device: torch.device) -> model.DiT:
     return net.to(device)
 
 
-def build_discriminator(cfg: Config, net: model.DiT) -> model.Discriminator:
-    """A discriminator of the generator's size: from its trunk after --init, from --d_init, or fresh."""
+def build_discriminator(cfg: Config, net: model.DiT) -> nn.Module:
+    """A discriminator of the generator's size: from its trunk after --init (cafm, afm), from --d_init, or fresh."""
+    objective = losses.LOSSES[cfg.loss]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(data.fold(cfg.seed, "weights of D"))
-        D = model.Discriminator(**net.config | losses.LOSSES[cfg.loss].discriminator)
+        D = objective.kind(**net.config | objective.discriminator)
     if cfg.d_init and not cfg.resume:
         model.load_weights(D, model.discriminator_weights(sample.find_checkpoint(cfg.d_init)), cfg.d_init)
-    elif cfg.init and not cfg.resume:
+    elif cfg.init and not cfg.resume and objective.kind is model.Discriminator:
         trunk = {k: v for k, v in net.state_dict().items() if not k.startswith("final_layer.")}
         model.load_weights(D, D.state_dict() | trunk, cfg.init)
     if cfg.loss == "cafm" and not (cfg.init or cfg.resume):
