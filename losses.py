@@ -209,10 +209,10 @@ def afm_G(G, x: Tensor, y: Tensor, draws: data.Draws, cfg, D) -> tuple[Tensor, d
 def cat_D(D, x: Tensor, y: Tensor, draws: data.Draws, cfg, G) -> tuple[Tensor, dict]:
     """CAT's discriminator, one relativistic game a scale (arXiv:2605.26449; GAT, arXiv:2509.24935):
 
-        mean over scales of E softplus(f_k - r_k) + gp (R1 + R2),   r = D(pyramid of x), f = D(stages, each at its scale).
+        mean over scales of E softplus(f_k - r_k) + gp (R1 + R2),   r = D(x at all scales), f = D(stages, one a scale).
 
-    R1, R2: see `scale_flatness`. paper: D and G see the same batch, and D also matches features of DINOv2 (REPA); here: each
-    step has a batch of its own, as for every objective, and no second network is needed.
+    R1, R2: see `scale_flatness`. GAT: D and G see the same batch, and D also matches features of DINOv2 (REPA); here:
+    each step has a batch of its own, as for every objective, and no pretrained network takes part.
     """
     e = draws.normal("noise", x.shape[1:])
     with torch.no_grad():
@@ -230,7 +230,7 @@ def cat_D(D, x: Tensor, y: Tensor, draws: data.Draws, cfg, G) -> tuple[Tensor, d
 def cat_G(G, x: Tensor, y: Tensor, draws: data.Draws, cfg, D) -> tuple[Tensor, dict]:
     """CAT's generator: mean over scales of E softplus(r_k - f_k) + cons L_cons   (arXiv:2605.26449), see `consistency`.
 
-    Logged: mean |h_k - h_{k+1}|^2, how much stages rewrite each other, and the cosine of `agreement` at the first stage.
+    Logged: mean |h_k - h_{k+1}|^2, how much stages rewrite each other, and `agreement` at the first stage.
     """
     e = draws.normal("noise", x.shape[1:])
     h = G.stages(e, y)
@@ -255,8 +255,8 @@ def pyramid(h: Tensor, draws: data.Draws, cfg) -> list[Tensor]:
 def consistency(h: Tensor, cfg) -> Tensor:
     """L_cons = 1 / (K - 1) sum_{k < K} w_k mean |h_k - h_K|^2, w_k = 1 / (K - k): the last stage is everyone's anchor.
 
-    Without `cons_detach` the head of the first stage has no gradient from it, because h_k - h_K is minus the later heads;
-    with it the last one has none. cons_space: compare at full resolution, or at the one where D sees the stage.
+    Without `cons_detach` the head of the first stage has no gradient from it, because h_k - h_K is minus the later
+    heads; with it the last one has none. cons_space: compare at full resolution, or as D sees the stage.
     """
     gaps = h[:-1] - (h[-1].detach() if cfg.cons_detach else h[-1])
     shrink = [2 ** k if cfg.cons_space == "own" else 1 for k in range(len(h) - 1, 0, -1)]
@@ -270,14 +270,14 @@ def agreement(h: Tensor) -> Tensor:
 
 
 def augment(x: Tensor, draws: data.Draws, p: float) -> Tensor:
-    """DiffAugment (arXiv:2006.10738): with probability p each, sample b of x (K, B, C, h, w) is made brighter or darker by up
-    to 0.5, shifted by up to an eighth of the image, and has a square of half its side cut out. Filled with 0.
+    """DiffAugment (arXiv:2006.10738): three changes of a sample of x (K, B, C, h, w), each with probability p.
 
-    All draws depend on the sample only. paper: also saturation and contrast.
+    It gets brighter or darker by up to 0.5, is shifted by up to an eighth of the image, and has a square of half its side
+    cut out, with 0 where there is nothing. All draws depend on the sample alone. paper: also saturation and contrast.
     """
     if not p:
         return x
-    (K, B, C, h, w), device = x.shape, x.device
+    (B, _, h, w), device = x.shape[1:], x.device
 
     def amount(name):  # (B,): uniform in [-1, 1)
         return 2 * draws.uniform(f"augment {name}") - 1
@@ -286,12 +286,10 @@ def augment(x: Tensor, draws: data.Draws, p: float) -> Tensor:
         return draws.uniform(f"augment whether {name}") < p
 
     x = x + (0.5 * amount("brightness") * on("brightness")).view(B, 1, 1, 1)
-    down, right = (((amount(name) * size / 8).round() * on("shift")).long() for name, size in (("down", h), ("right", w)))
-    row, column = torch.arange(h, device=device), torch.arange(w, device=device)
-    edge = h // 8, w // 8
-    rows, columns = row + (edge[0] - down)[:, None], column + (edge[1] - right)[:, None]          # (B, h), (B, w)
-    x = F.pad(x, (edge[1], edge[1], edge[0], edge[0]))
-    x = x[:, torch.arange(B, device=device)[:, None, None], :, rows[:, :, None], columns[:, None]].permute(3, 0, 4, 1, 2)
+    row, column, edge = torch.arange(h, device=device), torch.arange(w, device=device), h // 8
+    down, right = ((edge * (1 + amount(name) * on("shift"))).round().long()[:, None] for name in ("down", "right"))
+    rows, columns = (row + down)[:, :, None], (column + right)[:, None]                           # (B, h, 1), (B, 1, w)
+    x = F.pad(x, (edge,) * 4)[:, torch.arange(B, device=device)[:, None, None], :, rows, columns].permute(3, 0, 4, 1, 2)
     far_y = (row - (amount("hole's row")[:, None] + 1) * h / 2).abs() > h / 4                     # (B, h)
     far_x = (column - (amount("hole's column")[:, None] + 1) * w / 2).abs() > w / 4
     return x * (far_y[:, :, None] | far_x[:, None] | ~on("hole")[:, None, None])[:, None]
@@ -404,7 +402,8 @@ LOSSES = {
                      sampling=lambda settings: dict(steps=settings["nfe"], solver="euler", guidance=1.0)),
     "cat": Objective(cat_G, cat_D, afm_turn, alarm=0.05, kind=model.ScaleDiscriminator,
                      generator=lambda settings: dict(stages=settings["stages"]),
-                     defaults=dict(beta1=0.0, beta2=0.99, label_drop=0.0, decay="constant", lr=1e-3, gp=0.5, augment=0.5),
+                     defaults=dict(beta1=0.0, beta2=0.99, label_drop=0.0, decay="constant", lr=1e-3, gp=0.5,
+                                   augment=0.5),
                      sampling=lambda settings: dict(steps=1, solver="euler", guidance=1.0)),
 }
 
@@ -672,7 +671,7 @@ def main(argv: list[str] | None = None) -> None:
     options = data.parse(Options, argv, "Train every objective on a 1-D mixture and compare with the closed form.")
     names = options.losses.split(",") if options.losses else list(SETTINGS)
     if unknown := [name for name in names if name not in SETTINGS]:
-        raise ValueError(f"--losses {unknown[0]}: choose from {', '.join(SETTINGS)} (cat is for images: they have scales)")
+        raise ValueError(f"--losses {unknown[0]}: choose from {', '.join(SETTINGS)} (cat needs images: scales)")
     runs = {name: SETTINGS[name] for name in names} | (CONTROLS if options.controls else {})
     nets, calls, rows = {}, {}, {"exact v": ("", "", 50, point_errors(FOUR_MODES.velocity, FOUR_MODES))}
     for name, cfg in runs.items():

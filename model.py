@@ -1,5 +1,5 @@
-"""The network: attention with its derivatives, one DiT/SiT transformer, CAFM's discriminator, CAT's pair, derivatives of a
-network with respect to its input, the zoo, and the reading of official checkpoints.
+"""The network: attention with its derivatives, one DiT/SiT transformer, CAFM's discriminator, CAT's two networks,
+derivatives of a network with respect to its input, the zoo, and the reading of official checkpoints.
 
 A network maps (x_t, t, y) to the velocity of the flow at x_t, with t = 0 data and t = 1 noise, whatever its last layer
 predicts inside:
@@ -709,10 +709,10 @@ class Discriminator(DiT):
 class StagedDiT(DiT):
     """CAT's generator (arXiv:2605.26449): one pass from a latent to an image in `stages` (K) coarse-to-fine stages.
 
-    A mapping network turns z and the class into w, which modulates every block; the tokens start as their positions. After
-    floor(k depth / K) blocks, k = 1 .. K, a head adds to the image: h_k = sum_{j <= k} head_j (GAT, arXiv:2509.24935).
-    The latent z is the first `latent` numbers of the noise image x_t at t = 1, and the last stage is the clean image x that
-    DiT.forward turns into a velocity: so the jump from 1 to 0 that other networks make of noise is h_K here.
+    A mapping network turns z and the class, both normalised, into w, which modulates every block; the tokens start as
+    their positions. After floor(k depth / K) blocks, k = 1 .. K, a head adds to the image: h_k = sum_{j <= k} head_j
+    (GAT, arXiv:2509.24935). The latent z is the first `latent` numbers of the noise image x_t at t = 1, and the last
+    stage is the clean image that DiT.forward turns into the velocity x_t - h_K: a jump from 1 to 0 gives h_K.
 
     GAT: 2-D RoPE, query-key norm, SwiGLU, scale and gate only, a mapping with 1 / 100 of the learning rate; here: DiT's
     blocks. As there, modulations start at a tenth of Xavier's size: adaLN-zero's zeros would hide z from the images.
@@ -723,13 +723,14 @@ class StagedDiT(DiT):
         self.config |= dict(stages=stages, latent=latent)
         width, depth, numbers = self.config["width"], self.config["depth"], math.prod(self.shape)
         if not 2 <= stages <= depth or not 1 <= latent <= numbers:
-            raise ValueError(f"{stages} stages and a latent of {latent}: expected 2 to {depth} stages (the blocks), and 1 to "
-                             f"{numbers} numbers (an image)")
+            raise ValueError(f"{stages} stages and a latent of {latent}: expected 2 to {depth} stages (the blocks), and "
+                             f"1 to {numbers} numbers (an image)")
         del self.x_embedder, self.t_embedder
         self.latent, self.ends = latent, [depth * k // stages for k in range(1, stages + 1)]
         self.norm = RMSNorm()
         self.mapping = nn.Sequential(nn.Linear(latent + width, width), nn.SiLU(), nn.Linear(width, width))
-        self.final_layer = nn.ModuleList(FinalLayer(width, self.patch, self.channels, self.config["norm"]) for _ in self.ends)
+        self.final_layer = nn.ModuleList(FinalLayer(width, self.patch, self.channels, self.config["norm"])
+                                         for _ in self.ends)
         wake(*self.blocks, *self.final_layer)
 
     def stages(self, e: Tensor, y: Tensor) -> Tensor:
@@ -751,24 +752,25 @@ class StagedDiT(DiT):
 
 
 class ScaleDiscriminator(DiT):
-    """CAT's discriminator (arXiv:2605.26449): a number for each of K scales of an image, finest first, each judged alone.
+    """CAT's discriminator (arXiv:2605.26449): a number for each of K scales, finest first, each judged alone.
 
-    Scales share the patch embedding, the blocks and the head; each has its positions, a scale embedding and a token that is
-    read out. No token sees another scale, which hurts: one pass a scale is the block-diagonal mask of the paper, exactly.
-    paper: the class enters by a projection in the head (GAT); here: by adaLN, as in `Discriminator`, because the blocks have
-    it. `predict`, `t_min`, `learn_sigma` and `latent` mean nothing here.
+    Scales share the patch embedding, the blocks and the head; each has its positions, a scale embedding and a token that
+    is read out. No token sees another scale, as that hurts: the same network once a scale is exactly the block-diagonal
+    attention mask over all of them. GAT: the class enters by a projection in the head; here: by adaLN, as in
+    `Discriminator`, because the blocks have it. `predict`, `t_min`, `learn_sigma` and `latent` mean nothing here.
     """
 
     def __init__(self, stages: int = 3, latent: int = 0, **config):
         super().__init__(**config)
         self.config |= dict(stages=stages, latent=latent)
         width, size = self.config["width"], self.shape[1]
-        if stages < 1 or size % (self.patch << stages - 1):
-            raise ValueError(f"{stages} scales of an image of {size} pixels do not divide into patches of {self.patch}: "
-                             f"choose fewer stages, smaller patches, or a size that is a multiple of {self.patch << stages - 1}")
+        if size % (self.patch << stages - 1):
+            raise ValueError(f"an image of {size} pixels, halved {stages - 1} times, does not divide into patches of "
+                             f"{self.patch}: choose fewer stages, a smaller patch or another size")
         del self.t_embedder
         self.sides = [size // self.patch >> k for k in range(stages)]
-        self.pos_embed = nn.Parameter(torch.cat([position_table(width, side) for side in self.sides], 1), requires_grad=False)
+        tables = [position_table(width, side) for side in self.sides]
+        self.pos_embed = nn.Parameter(torch.cat(tables, 1), requires_grad=False)
         self.scale_embed, self.dis_embed = (nn.Parameter(0.02 * torch.randn(stages, width)) for _ in range(2))
         self.norm = RMSNorm()
         self.final_layer = nn.Sequential(normalisation(self.config["norm"], width), nn.Linear(width, 1, bias=False))

@@ -6,6 +6,7 @@ label and, for the SDE, the noise of every step, so batches and GPUs can be spli
     python sample.py runs/glyphs                               a grid of 64 samples and their labels, samples.png
     python sample.py runs/glyphs --n 50000 --out samples.npz   ADM's layout: arr_0 uint8 NHWC shuffled, arr_1 labels
     python sample.py runs/glyphs --n 1000 --out folder         PNG files
+    python sample.py runs/cat --n 20 --stages                  the stages of each sample of a cat run, side by side
     torchrun --nproc_per_node=2 sample.py ...                  the same images from two processes
 """
 import dataclasses
@@ -217,6 +218,7 @@ class Config:
     classes: str = option("", "labels to sample, such as 3 or 1,5,7; all in turn when empty")
     seed: int = option(0, "sample i depends on (seed, i) only")
     batch: int = option(250, "samples at a time on each process")
+    stages: bool = option(False, "cat: show all stages of each sample, in a row from first to last")
     ema: bool = option(True, "use the averaged weights")
     device: str = option("auto", "where to run", ("auto", "cpu", "cuda", "mps"))
     out: str = option("samples.png", "a .png grid, an ADM-layout .npz, or a folder for PNG files")
@@ -246,6 +248,8 @@ def main(argv: list[str] | None = None) -> None:
     except ValueError:
         raise ValueError(f"--classes {cfg.classes}: expected whole numbers such as 1,5,7") from None
     labels = labels_for(cfg.n, net.num_classes, classes)
+    if cfg.stages:
+        return write_stages(net, labels, cfg)
     options = dict(steps=cfg.steps, solver=cfg.solver, guidance=cfg.guidance, shift=cfg.shift, rho=cfg.rho,
                    interval=(cfg.guidance_low, cfg.guidance_high))
     write_samples(generate(net, labels, cfg.seed, cfg.batch, "sampling", reference=reference, **options),
@@ -254,6 +258,19 @@ def main(argv: list[str] | None = None) -> None:
         print(f"wrote {cfg.out}: {cfg.n:,} samples, {describe(reference=cfg.reference, **options)}, "
               f"{'EMA' if cfg.ema else 'last'} weights, seed {cfg.seed}")
     data.stop_processes()
+
+
+@torch.no_grad()
+def write_stages(net, labels: Tensor, cfg: Config) -> None:
+    """A picture of all stages h_1 .. h_K of a StagedDiT: a row for each of the samples that `generate` makes."""
+    if not isinstance(net, model.StagedDiT) or not cfg.out.endswith(".png"):
+        raise ValueError(f"--stages: makes a .png of a run of --loss cat; {cfg.checkpoint} is a {type(net).__name__}, and "
+                         f"--out is {cfg.out}")
+    e = data.Draws(cfg.seed, range(len(labels))).normal("sample noise", net.shape).to(net.pos_embed.device)
+    h = net.stages(e, labels.to(e.device)).transpose(0, 1)                                       # (n, K, C, h, w)
+    captions = [f"{label}: {k}" for label in labels.tolist() for k in range(1, h.shape[1] + 1)]
+    data.grid(data.to_uint8(h.flatten(0, 1)).cpu(), h.shape[1], captions).save(cfg.out)
+    print(f"wrote {cfg.out}: {len(h)} samples, their {h.shape[1]} stages from left to right, seed {cfg.seed}")
 
 
 def write_samples(generated, labels: Tensor, shape: tuple, out: Path, columns: int | None = None) -> None:

@@ -1048,6 +1048,80 @@ def test_model_predictions_become_velocities():
     assert np.allclose(model.vp_step(torch.tensor([.1, .5, .9])), [29.9, 258.1, 658.2], atol=0.1)
 
 
+def test_model_cat_stages_accumulate():
+    """Stage k is the sum of the first k heads, which look after floor(k depth / K) blocks; DiT.forward's jump from noise is
+    the last stage; only the first `latent` numbers of the noise count, up to their scale, and the label."""
+    net = tiny(cls=model.StagedDiT, depth=4, stages=3, latent=12).double()
+    e, y, one = torch.randn(2, 3, 8, 8).double(), torch.tensor([1, 7]), torch.ones(2).double()
+    with torch.no_grad():
+        h = net.stages(e, y)
+        assert h.shape == (3, 2, 3, 8, 8) and net.ends == [1, 2, 4]
+        assert (e - net(e, one, y) - h[-1]).abs().max() < 1e-12
+        numbers = e.flatten(1)
+        rest = torch.cat([2 * numbers[:, :12], torch.randn(2, 180)], 1).view_as(e)
+        assert (net.stages(rest, y) - h).abs().max() < 1e-4 and (net.stages(-e, y) - h).abs().max() > 0.1
+        assert (net.stages(e, 9 - y) - h).abs().max() > 0.1
+        for k in range(3):
+            net.final_layer[k].linear.bias += 1
+            moved = net.stages(e, y) - h
+            assert (moved - (torch.arange(3) >= k).view(3, 1, 1, 1, 1).double()).abs().max() < 1e-12
+            net.final_layer[k].linear.bias -= 1
+        net.blocks[2].attn.proj.bias += 1  # the third block, which only the last head sees
+        moved = (net.stages(e, y) - h).flatten(1).abs().amax(1)
+        assert moved[0] == moved[1] == 0 and moved[2] > 1e-3
+
+
+def test_model_cat_scales_do_not_see_each_other():
+    """d logit_k / d image_j is exactly 0 for j != k; and one pass over the tokens of all scales, under a block-diagonal mask,
+    gives the same logits."""
+    D = tiny(cls=model.ScaleDiscriminator, stages=3).double()
+    images, y = [torch.randn(2, 3, side, side).double().requires_grad_() for side in (8, 4, 2)], torch.tensor([1, 7])
+    out = D(images, y)
+    assert out.shape == (2, 3) and (D(images, 9 - y) - out).abs().min() > 1e-6
+    for k in range(3):
+        gradients = torch.autograd.grad(out[:, k].sum(), images, retain_graph=True, materialize_grads=True)
+        assert [bool(g.abs().max() > 0) for g in gradients] == [j == k for j in range(3)]
+    sizes = [1 + 16, 1 + 4, 1 + 1]
+    mask = torch.block_diag(*(torch.ones(n, n) for n in sizes)).bool()
+    tokens = [torch.cat([D.dis_embed[k].expand(2, 1, -1), D.x_embedder(x) + D.scale_embed[k] + model.position_table(32, side)], 1)
+              for k, (x, side) in enumerate(zip(images, (4, 2, 1)))]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model, "attention", lambda q, k, v: nn.functional.scaled_dot_product_attention(q, k, v, mask))
+        x = torch.cat(tokens, 1)
+        for block in D.blocks:
+            x = block(x, D.norm(D.y_embedder(y)))
+    joint = torch.cat([D.final_layer(part[:, 0]) for part in x.split(sizes, 1)], 1)
+    assert (joint - out).abs().max() < 1e-12
+
+
+def test_model_cat_is_alive_from_the_start():
+    """Fresh weights: images depend on z and label, D on its images and label, and every weight of both has a gradient."""
+    torch.manual_seed(0)
+    G = model.create("glyph-S", stages=3)
+    D = model.ScaleDiscriminator(**G.config)
+    e, y = torch.randn(4, *G.shape), torch.tensor([0, 0, 1, 1])
+    h = G.stages(e, y)
+    assert h.std(1).mean() > 1e-3 and (G.stages(e[:1].expand_as(e), y)[:, 0] - G.stages(e[:1].expand_as(e), y)[:, 2]).std() > 1e-3
+    out = D([nn.functional.avg_pool2d(x, 2 ** k) for k, x in enumerate(h.flip(0))], y)
+    out.square().sum().backward()
+    for net in (G, D):
+        assert all(p.grad.abs().max() > 0 for p in net.parameters() if p.requires_grad)
+
+
+def test_model_cat_loads_and_refuses(tmp_path):
+    """A checkpoint of a staged generator loads as one; sizes that cannot work are named."""
+    net = tiny(cls=model.StagedDiT, stages=2, latent=20)
+    torch.save({"networks": {"G": {"config": net.config, "weights": net.state_dict()}}, "ema": net.state_dict()},
+               tmp_path / "cat.pt")
+    again = model.load(tmp_path / "cat.pt")
+    e, y = torch.randn(2, 3, 8, 8), torch.tensor([1, 7])
+    assert type(again) is model.StagedDiT and again.config == net.config and torch.equal(again.stages(e, y), net.stages(e, y))
+    raises(lambda: tiny(cls=model.StagedDiT, stages=3), "3 stages", "2 to 2")
+    raises(lambda: tiny(cls=model.StagedDiT, stages=1), "1 stages")
+    raises(lambda: tiny(cls=model.StagedDiT, stages=2, latent=193), "latent of 193", "1 to 192")
+    raises(lambda: tiny(cls=model.ScaleDiscriminator, stages=4), "8 pixels, halved 3 times", "fewer stages")
+
+
 def test_model_load_round_trips(tmp_path):
     """Official layouts (plain, ema, module prefix, an argparse.Namespace beside, projectors) and our own checkpoints load,
     with every size read from the tensors."""
@@ -1464,6 +1538,124 @@ def test_losses_schedules():
     assert np.allclose(weights, [0.2, 0.11, 0.02])
 
 
+class Stages:
+    """In place of CAT's generator: these stages, whatever the noise."""
+
+    def __init__(self, h):
+        self.h = h
+
+    def stages(self, e, y):
+        return self.h
+
+
+def cat_case(stages=3, n=8, **options) -> tuple:
+    """cfg, D, x, y and stages h, in float64."""
+    cfg = train.Config(loss="cat", batch=n, stages=stages, **options)
+    D = tiny(cls=model.ScaleDiscriminator, input_size=16, stages=stages).double()
+    x, *h = torch.randn(1 + stages, n, 3, 16, 16).double()
+    return cfg, D, x, torch.arange(n) % 10, torch.stack(h)
+
+
+def test_losses_cat_values():
+    """Stages that equal the data: ln 2 for both players, also augmented, so real and fake are augmented alike. Else the mean
+    over scales of softplus, with r from the data and f from the stages, last one first, at halved resolutions."""
+    cfg, D, x, y, h = cat_case(gp=0.0, augment=0.7)
+    draws = data.Draws(0, range(8))
+    assert abs(losses.cat_D(D, x, y, draws, cfg, Stages(x.expand_as(h)))[0] - math.log(2)) < 1e-12
+    assert abs(losses.cat_G(Stages(x.expand_as(h)), x, y, draws, cfg, D)[0] - math.log(2)) < 1e-12
+    cfg = dataclasses.replace(cfg, augment=0.0, cons=0.3)
+    half = lambda x: x.unflatten(2, (-1, 2)).unflatten(4, (-1, 2)).mean((3, 5))  # noqa: E731
+    r, f = D([x, half(x), half(half(x))], y), D([h[2], half(h[1]), half(half(h[0]))], y)
+    loss, logs = losses.cat_D(D, x, y, draws, cfg, Stages(h))
+    assert abs(loss - (1 + (f - r).exp()).log().mean()) < 1e-12 and abs(logs["real"] - r.mean()) < 1e-12
+    loss, logs = losses.cat_G(Stages(h), x, y, draws, cfg, D)
+    assert abs(loss - (1 + (r - f).exp()).log().mean() - 0.3 * losses.consistency(h, cfg)) < 1e-12
+    assert abs(logs["rewriting"] - ((h[0] - h[1]).square().mean() + (h[1] - h[2]).square().mean()) / 2) < 1e-12
+
+
+def test_losses_cat_consistency():
+    """(1/3 |h1 - h4|^2 + 1/2 |h2 - h4|^2 + |h3 - h4|^2) / 3, zero for equal stages, unmoved by what all share. Its gradients
+    sum to 0 over the stages, so the first head has none; where h4 is a constant the last head has none and the first one has.
+    "own" looks at stage k through its 2^(K-k) squares only."""
+    h = torch.randn(4, 2, 3, 16, 16).double()
+    cfg, own = train.Config(), train.Config(cons_space="own")
+    gap = (h[:3] - h[3]).square().mean((1, 2, 3, 4))
+    value = losses.consistency(h, cfg)
+    assert abs(value - (gap[0] / 3 + gap[1] / 2 + gap[2]) / 3) < 1e-12
+    assert losses.consistency(h[:1].expand_as(h), cfg) == 0 and abs(losses.consistency(h + h[1], cfg) - value) < 1e-12
+    for detach in (False, True):
+        heads = h.clone().requires_grad_()
+        losses.consistency(heads.cumsum(0), train.Config(cons_detach=detach)).backward()
+        sizes = heads.grad.flatten(1).abs().amax(1)
+        assert (sizes[0] < 1e-17) == (not detach) and (sizes[3] == 0) == detach and sizes[1:3].min() > 1e-4
+    for k in range(3):
+        size, moved = 2 ** (3 - k), h[:1].repeat(4, 1, 1, 1, 1)
+        checks = torch.ones(16, 16).double()
+        checks[:, ::2] = -1  # hidden by squares of 2 and more pixels
+        moved[k] += checks
+        assert losses.consistency(moved, own) < 1e-25 and losses.consistency(moved, cfg) > 0.1
+        moved[k] += (torch.arange(16) // size % 2) - checks  # squares of this very size: all of it is seen
+        assert abs(losses.consistency(moved, own) - losses.consistency(moved, cfg)) < 1e-12
+
+
+def test_losses_cat_pyramid_and_agreement():
+    """The finest scale is the last stage itself, a constant stays one at all scales, and the last update agrees fully with
+    what was still to come; 0 for a right angle."""
+    cfg, draws, h = train.Config(), data.Draws(0, range(2)), torch.randn(3, 2, 3, 16, 16)
+    scales = losses.pyramid(h, draws, cfg)
+    assert torch.equal(scales[0], h[2]) and [x.shape[-1] for x in scales] == [16, 8, 4]
+    assert all((x - 0.3).abs().max() < 1e-6 for x in losses.pyramid(torch.full_like(h, 0.3), draws, cfg))
+    found = losses.agreement(h)
+    update, rest = (h[1] - h[0]).flatten(1), (h[2] - h[0]).flatten(1)
+    assert found.shape == (2,) and abs(found[1] - 1) < 1e-6
+    assert abs(found[0] - ((update * rest).sum(1) / update.norm(dim=1) / rest.norm(dim=1)).mean()) < 1e-6
+
+
+def test_losses_cat_augment():
+    """Off by default; all stages of a sample are changed alike and samples differently; with probability p; brightness within
+    0.5, shifts within an eighth, holes of half the side; the same for a sample in any batch."""
+    n = 400
+    x = torch.arange(1, 257.).view(1, 1, 1, 16, 16).repeat(2, n, 3, 1, 1) * 1000
+    x[1] += 1e7
+    draws = data.Draws(0, range(n))
+    assert losses.augment(x, draws, 0.0) is x
+    made = losses.augment(x, draws, 0.5)
+    there = made.abs() > 600
+    assert torch.equal(there[0], there[1]) and torch.allclose((made[1] - made[0])[there[0]], torch.tensor(1e7), atol=2)
+    assert torch.equal(made[:, 3:7], losses.augment(x[:, 3:7], data.Draws(0, range(3, 7)), 0.5))
+    whole = losses.augment(torch.zeros(1, n, 3, 16, 16), draws, 0.5)[0]
+    light = whole.flatten(1)[torch.arange(n), whole.flatten(1).abs().argmax(1)]
+    assert 0.4 < light.ne(0).float().mean() < 0.6 and 0.45 < light.abs().max() <= 0.5
+    always = losses.augment(x, draws, 1.0)[0, :, 0]
+    seen = (always > 600).float()
+    assert seen.mean() < 0.85 and len({tuple(row.tolist()) for row in seen.flatten(1)}) > 300
+    source = always.div(1000).round().long() - 1                       # where a pixel came from
+    here = torch.arange(256).view(16, 16)
+    down, right = ((source // 16 - here // 16)[seen > 0], (source % 16 - here % 16)[seen > 0])
+    assert set(down.tolist()) == set(right.tolist()) == {-2, -1, 0, 1, 2}
+    holes = losses.augment(torch.full((1, n, 1, 16, 16), 9.), draws, 1.0)[0, :, 0, 2:14, 2:14].abs() < 1
+    assert holes.any(2).sum(1).max() <= 9 and holes.any(1).sum(1).max() <= 9 and holes.sum((1, 2)).max() >= 64
+
+
+def test_losses_cat_penalty():
+    """R1's mean over its noise is sum over scales of |grad D_k|^2 for a linear D, from every fourth sample."""
+    n, g = 40_000, [torch.tensor([[[[1.]], [[2.]], [[0.]]]]), torch.tensor([[[[.5]], [[0.]], [[-1.]]]])]
+    D = lambda images, y: torch.stack([(x * w).sum((1, 2, 3)) for x, w in zip(images, g)], 1)  # noqa: E731
+    images, y = [torch.zeros(n, 3, side, side).double() for side in (2, 1)], torch.zeros(n).long()
+    value = losses.scale_flatness(D, images, D(images, y), y, losses.BatchDraws(0, 0, n), "R1")
+    assert abs(value / (4 * 5 + 1.25) - 1) < 0.04
+    assert losses.scale_flatness(D, [x[:2] for x in images], D(images, y)[:2], y[:2], data.Draws(0, [1, 2]), "R1") == 0
+
+
+def test_losses_cat_splits():
+    """The loss of a batch is the mean of the losses of its parts: every draw belongs to a sample."""
+    cfg, D, x, y, h = cat_case(augment=0.5, gp=0.5)
+    G = tiny(cls=model.StagedDiT, input_size=16, depth=3, stages=3).double()
+    for loss, nets in ((losses.cat_D, (D, G)), (losses.cat_G, (G, D))):
+        part = lambda a, b: loss(nets[0], x[a:b], y[a:b], data.Draws(0, range(a, b)), cfg, nets[1])[0]  # noqa: E731
+        assert abs(part(0, 8) - (part(0, 2) * 2 + part(2, 8) * 6) / 8) < 1e-9 * part(0, 8)
+
+
 @pytest.mark.parametrize("name, steps, bounds", [
     ("cafm", 1000, dict(velocity=0.4, W1=0.13, weight=0.08)), ("afm", 1000, dict(W1=0.15, weight=0.06))])
 def test_losses_adversarial_networks_learn_the_mixture(name, steps, bounds):
@@ -1475,8 +1667,9 @@ def test_losses_adversarial_networks_learn_the_mixture(name, steps, bounds):
 
 def test_losses_run_alone_writes_the_picture(tmp_path):
     done = run("losses.py", "--steps", "30", "--controls", "--out", tmp_path / "l.png", cwd=HERE)
-    assert done.returncode == 0 and all(name in done.stdout for name in losses.LOSSES), done.stderr
+    assert done.returncode == 0 and all(name in done.stdout for name in losses.SETTINGS), done.stderr
     assert Image.open(tmp_path / "l.png").size[0] > 800
+    raises(lambda: losses.main(["--losses", "cat"]), "--losses cat", "fm, cafm, afm", "needs images")
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -2082,10 +2275,11 @@ def assert_same_state(a, b) -> None:
         assert same(a[part], b[part]), part
 
 
-ROLE_SETTINGS = {"fm": {}, "cafm": dict(d_steps=2, d_warmup=1), "afm": dict(ot=0.1, ot_end=0.1, beta1=0.0)}  # all roles soon
+ROLE_SETTINGS = {"fm": {}, "cafm": dict(d_steps=2, d_warmup=1), "afm": dict(ot=0.1, ot_end=0.1, beta1=0.0),
+                 "cat": dict(augment=0.5, beta1=0.0)}  # all roles soon
 
 
-@pytest.mark.parametrize("loss, accumulation", [("fm", 1), ("fm", 2), ("cafm", 1), ("cafm", 2), ("afm", 1)])
+@pytest.mark.parametrize("loss, accumulation", [("fm", 1), ("fm", 2), ("cafm", 1), ("cafm", 2), ("afm", 1), ("cat", 2)])
 def test_train_resume_is_bitwise(tmp_path, loss, accumulation):
     """10 steps, and 5 + resume + 5, give the same weights, EMA and optimizer state of every network, bit for bit, and
     one log."""
@@ -2169,10 +2363,11 @@ def test_train_two_processes_equal_one(tmp_path, loss):
             assert error < 1e-9, (name, error)
         assert abs(log["loss"] - other_log["loss"]) < 1e-6 and abs(log["grad_norm"] - other_log["grad_norm"]) < 1e-5, name
     first = torch.load(tmp_path / "1x1/last.pt", weights_only=True)["networks"]["G"]["weights"]
-    assert first["final_layer.linear.weight"].abs().max() > 1e-3  # something was learned, so equality says something
+    learned = "final_layer.linear.weight" if loss != "cat" else "final_layer.2.adaLN_modulation.1.bias"  # 0 at the start
+    assert first[learned].abs().max() > 1e-3  # something was learned, so equality says something
 
 
-@pytest.mark.parametrize("loss", ["cafm", "afm"])
+@pytest.mark.parametrize("loss", ["cafm", "afm", "cat"])
 def test_train_moves_one_network_at_a_time(tmp_path, loss, monkeypatch):
     """A step of D leaves G and its EMA bit for bit where they were, and the other way round; positions never train."""
     states = []
@@ -2272,6 +2467,39 @@ def test_train_afm_samples_by_its_own_jumps(tmp_path, capsys):
         x = losses.jump(net, x, half, 0 * half, labels)
     assert torch.equal(data.to_uint8(x), made)
     assert train.sampling(train.Config(loss="afm", nfe=2), 1.5)["guidance"] == 1 and train.sampling(train.Config(), 1.5)["guidance"] == 1.5
+
+
+def test_train_cat_is_one_pass_of_stages(tmp_path, capsys):
+    """A cat run samples in one call, whose result is the last stage; sample.py --stages draws all of them; --init takes the
+    generator of another cat run and leaves D fresh; what cannot be is refused."""
+    out, picture = tmp_path / "run", tmp_path / "stages.png"
+    train.main(f"--loss cat --out {out} --data {SMALL_SET} --steps 2 --batch 8 --score 0 --sample_every 0 --device cpu".split())
+    config = checkpoint(out)["config"]
+    assert config["beta1"] == 0 and config["beta2"] == 0.99 and config["label_drop"] == 0 and config["gp"] > 0
+    net, labels = model.load(out / "last.pt"), sample.labels_for(3, 10)
+    (_, made), = sample.generate(net, labels, 5, steps=1, solver="euler")
+    with torch.no_grad():
+        h = net.stages(data.Draws(5, range(3)).normal("sample noise", net.shape), labels)
+    assert (data.to_uint8(h[-1]).int() - made.int()).abs().max() <= 1
+    capsys.readouterr()
+    sample.main([str(out), "--n", "3", "--seed", "5", "--stages", "--out", str(picture)])
+    assert "3 stages" in capsys.readouterr().out
+    shown = np.asarray(Image.open(picture)).transpose(2, 0, 1)[:, 2:66:2, 2 + 2 * 66:2 + 3 * 66 - 2:2]  # first row, last tile
+    assert np.array_equal(shown, data.to_uint8(h[-1, :1]).numpy()[0])
+    raises(lambda: sample.main([str(save_tiny(tmp_path / "fm.pt")), "--stages", "--out", str(picture)]), "--stages", "DiT")
+    raises(lambda: sample.main([str(out), "--stages", "--out", "a.npz"]), "--stages", "a.npz")
+    raises(lambda: sample.main([str(out), "--steps", "4"]), "--steps 4", "it is 1")
+
+    run = lambda name="no", **options: train.train(tiny_run(tmp_path / name, **dict(loss="cat") | options))  # noqa: E731
+    run("more", steps=1, lr=1e-9, init=str(out))
+    more, before = checkpoint(tmp_path / "more")["networks"], checkpoint(out)
+    assert all((more["G"]["weights"][k] - v).abs().max() < 1e-7 for k, v in before["ema"].items())
+    assert not torch.equal(more["D"]["weights"]["dis_embed"], before["networks"]["D"]["weights"]["dis_embed"])
+    raises(lambda: run(stages=1), "--stages 1")
+    raises(lambda: run(augment=1.5), "--augment 1.5")
+    raises(lambda: run(stages=4), "halved 3 times", "fewer stages")
+    raises(lambda: run("run", resume=True, stages=2), "--stages 3")
+    raises(lambda: run(init=str(tmp_path / "fm.pt")), "weights of another network")
 
 
 def test_train_positions_cover_every_image_once():
