@@ -714,8 +714,8 @@ class StagedDiT(DiT):
     (GAT, arXiv:2509.24935). The latent z is the first `latent` numbers of the noise image x_t at t = 1, and the last
     stage is the clean image that DiT.forward turns into the velocity x_t - h_K: a jump from 1 to 0 gives h_K.
 
-    GAT: 2-D RoPE, query-key norm, SwiGLU, scale and gate only, a mapping with 1 / 100 of the learning rate; here: DiT's
-    blocks. As there, modulations start at a tenth of Xavier's size: adaLN-zero's zeros would hide z from the images.
+    GAT: 2-D RoPE, query-key norm, SwiGLU, scale and gate only, modulations a tenth as large at the start, a mapping with
+    1 / 100 of the learning rate and unit variance; here: DiT's blocks, `wake`, and a mapping that is normalised.
     """
 
     def __init__(self, stages: int = 3, latent: int = 64, **config):
@@ -737,7 +737,7 @@ class StagedDiT(DiT):
         """All stages h_1 .. h_K (K, B, C, h, w), float32 or wider, from noise e (B, C, h, w) and labels y (B,)."""
         with torch.autocast(e.device.type, self.amp) if self.amp else contextlib.nullcontext():
             z = e.flatten(1)[:, :self.latent]
-            w = self.mapping(torch.cat([self.norm(z), self.norm(self.y_embedder(y))], 1))         # (B, W)
+            w = self.norm(self.mapping(torch.cat([self.norm(z), self.norm(self.y_embedder(y))], 1)))   # (B, W)
             x, images = self.pos_embed.expand(len(e), -1, -1), []
             for k, block in enumerate(self.blocks, 1):
                 x = block(x, w)
@@ -792,9 +792,9 @@ class ScaleDiscriminator(DiT):
 
 
 def wake(*layers: nn.Module) -> None:
-    """Modulations from a tenth of Xavier's size in place of adaLN-zero (GAT, arXiv:2509.24935)."""
+    """Modulations of Xavier's size in place of adaLN-zero, whose zeros would hide z from the images, and these from D."""
     for layer in layers:
-        nn.init.xavier_uniform_(layer.adaLN_modulation[1].weight, gain=0.1)
+        nn.init.xavier_uniform_(layer.adaLN_modulation[1].weight)
 
 
 # --------------------------------------------------------------------------------------------------------------------
