@@ -212,7 +212,8 @@ def cat_D(D, x: Tensor, y: Tensor, draws: data.Draws, cfg, G) -> tuple[Tensor, d
         mean over scales of E softplus(f_k - r_k) + gp (R1 + R2),   r = D(x at all scales), f = D(stages, one a scale).
 
     R1, R2: see `scale_flatness`. GAT: D and G see the same batch, and D also matches features of DINOv2 (REPA); here:
-    each step has a batch of its own, as for every objective, and no pretrained network takes part.
+    each step has a batch of its own, as for every objective, and no pretrained network takes part. For latents of
+    photographs a port of the paper has gp = 0.5 and augment = 1; the defaults here are for short runs on glyphs.
     """
     e = draws.normal("noise", x.shape[1:])
     with torch.no_grad():
@@ -272,8 +273,8 @@ def agreement(h: Tensor) -> Tensor:
 def augment(x: Tensor, draws: data.Draws, p: float) -> Tensor:
     """DiffAugment (arXiv:2006.10738): three changes of a sample of x (K, B, C, h, w), each with probability p.
 
-    It gets brighter or darker by up to 0.5, is shifted by up to an eighth of the image, and has a square of half its side
-    cut out, with 0 where there is nothing. All draws depend on the sample alone. paper: also saturation and contrast.
+    It gets brighter or darker by up to 0.5, is shifted by up to an eighth of the image, and has a square of half its
+    side cut out, with 0 where there is nothing. All draws depend on the sample alone. paper: also saturation and contrast.
     """
     if not p:
         return x
@@ -402,8 +403,7 @@ LOSSES = {
                      sampling=lambda settings: dict(steps=settings["nfe"], solver="euler", guidance=1.0)),
     "cat": Objective(cat_G, cat_D, afm_turn, alarm=0.05, kind=model.ScaleDiscriminator,
                      generator=lambda settings: dict(stages=settings["stages"]),
-                     defaults=dict(beta1=0.0, beta2=0.99, label_drop=0.0, decay="constant", lr=1e-3, gp=0.5,
-                                   augment=0.5),
+                     defaults=dict(beta1=0.0, beta2=0.99, label_drop=0.0, decay="constant", lr=1e-3, gp=0.01),
                      sampling=lambda settings: dict(steps=1, solver="euler", guidance=1.0)),
 }
 

@@ -714,8 +714,8 @@ class StagedDiT(DiT):
     (GAT, arXiv:2509.24935). The latent z is the first `latent` numbers of the noise image x_t at t = 1, and the last
     stage is the clean image that DiT.forward turns into the velocity x_t - h_K: a jump from 1 to 0 gives h_K.
 
-    GAT: 2-D RoPE, query-key norm, SwiGLU, scale and gate only, modulations a tenth as large at the start, a mapping with
-    1 / 100 of the learning rate and unit variance; here: DiT's blocks, `wake`, and a mapping that is normalised.
+    GAT: 2-D RoPE, query-key norm, SwiGLU, scale and gate only, modulations a tenth as large at the start, a mapping
+    with 1 / 100 of the learning rate and unit variance; here: DiT's blocks, `wake`, and a mapping that is normalised.
     """
 
     def __init__(self, stages: int = 3, latent: int = 64, **config):
@@ -723,8 +723,8 @@ class StagedDiT(DiT):
         self.config |= dict(stages=stages, latent=latent)
         width, depth, numbers = self.config["width"], self.config["depth"], math.prod(self.shape)
         if not 2 <= stages <= depth or not 1 <= latent <= numbers:
-            raise ValueError(f"{stages} stages and a latent of {latent}: expected 2 to {depth} stages (the blocks), and "
-                             f"1 to {numbers} numbers (an image)")
+            raise ValueError(f"{stages} stages and a latent of {latent}: expected 2 to {depth} stages (the blocks) "
+                             f"and 1 to {numbers} numbers (an image)")
         del self.x_embedder, self.t_embedder
         self.latent, self.ends = latent, [depth * k // stages for k in range(1, stages + 1)]
         self.norm = RMSNorm()
@@ -754,8 +754,8 @@ class StagedDiT(DiT):
 class ScaleDiscriminator(DiT):
     """CAT's discriminator (arXiv:2605.26449): a number for each of K scales, finest first, each judged alone.
 
-    Scales share the patch embedding, the blocks and the head; each has its positions, a scale embedding and a token that
-    is read out. No token sees another scale, as that hurts: the same network once a scale is exactly the block-diagonal
+    Scales share the patch embedding, the blocks and the head; each has its positions, a scale embedding and a token
+    that is read out. No token sees another scale, as that hurts: the same network once a scale is exactly the block-diagonal
     attention mask over all of them. GAT: the class enters by a projection in the head; here: by adaLN, as in
     `Discriminator`, because the blocks have it. `predict`, `t_min`, `learn_sigma` and `latent` mean nothing here.
     """
@@ -792,7 +792,7 @@ class ScaleDiscriminator(DiT):
 
 
 def wake(*layers: nn.Module) -> None:
-    """Modulations of Xavier's size in place of adaLN-zero, whose zeros would hide z from the images, and these from D."""
+    """Modulations of Xavier's size in place of adaLN-zero, whose zeros hide z from the images, and the images from D."""
     for layer in layers:
         nn.init.xavier_uniform_(layer.adaLN_modulation[1].weight)
 

@@ -264,8 +264,8 @@ def main(argv: list[str] | None = None) -> None:
 def write_stages(net, labels: Tensor, cfg: Config) -> None:
     """A picture of all stages h_1 .. h_K of a StagedDiT: a row for each of the samples that `generate` makes."""
     if not isinstance(net, model.StagedDiT) or not cfg.out.endswith(".png"):
-        raise ValueError(f"--stages: makes a .png of a run of --loss cat; {cfg.checkpoint} is a {type(net).__name__}, and "
-                         f"--out is {cfg.out}")
+        raise ValueError(f"--stages: makes a .png of a run of --loss cat; {cfg.checkpoint} is a {type(net).__name__}, "
+                         f"and --out is {cfg.out}")
     e = data.Draws(cfg.seed, range(len(labels))).normal("sample noise", net.shape).to(net.pos_embed.device)
     h = net.stages(e, labels.to(e.device)).transpose(0, 1)                                       # (n, K, C, h, w)
     captions = [f"{label}: {k}" for label in labels.tolist() for k in range(1, h.shape[1] + 1)]
