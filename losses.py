@@ -274,7 +274,8 @@ def augment(x: Tensor, draws: data.Draws, p: float) -> Tensor:
     """DiffAugment (arXiv:2006.10738): three changes of a sample of x (K, B, C, h, w), each with probability p.
 
     It gets brighter or darker by up to 0.5, is shifted by up to an eighth of the image, and has a square of half its
-    side cut out, with 0 where there is nothing. All draws depend on the sample alone. paper: also saturation and contrast.
+    side cut out, with 0 where there is nothing. All draws depend on the sample alone. paper: also saturation and
+    contrast.
     """
     if not p:
         return x

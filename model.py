@@ -755,8 +755,8 @@ class ScaleDiscriminator(DiT):
     """CAT's discriminator (arXiv:2605.26449): a number for each of K scales, finest first, each judged alone.
 
     Scales share the patch embedding, the blocks and the head; each has its positions, a scale embedding and a token
-    that is read out. No token sees another scale, as that hurts: the same network once a scale is exactly the block-diagonal
-    attention mask over all of them. GAT: the class enters by a projection in the head; here: by adaLN, as in
+    that is read out. No token sees another scale, as that hurts: the same network once a scale is exactly the
+    block-diagonal attention mask over all of them. GAT: the class enters by a projection in the head; here: by adaLN, as in
     `Discriminator`, because the blocks have it. `predict`, `t_min`, `learn_sigma` and `latent` mean nothing here.
     """
 
@@ -792,7 +792,7 @@ class ScaleDiscriminator(DiT):
 
 
 def wake(*layers: nn.Module) -> None:
-    """Modulations of Xavier's size in place of adaLN-zero, whose zeros hide z from the images, and the images from D."""
+    """Modulations of Xavier's size in place of adaLN-zero, whose zeros hide z from images, and images from D."""
     for layer in layers:
         nn.init.xavier_uniform_(layer.adaLN_modulation[1].weight)
 

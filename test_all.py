@@ -1578,7 +1578,8 @@ def test_losses_cat_values():
 
 def test_losses_cat_consistency():
     """(1/3 |h1 - h4|^2 + 1/2 |h2 - h4|^2 + |h3 - h4|^2) / 3, zero for equal stages, unmoved by what all share. Its
-    gradients sum to 0 over the stages, so the first head has none; where h4 is a constant the last head has none. "own" looks at stage k through its 2^(K-k) squares only."""
+    gradients sum to 0 over the stages, so the first head has none; where h4 is a constant the last head has none. "own"
+    looks at stage k through squares of 2^(K-k) pixels only."""
     h = torch.randn(4, 2, 3, 16, 16).double()
     cfg, own = train.Config(), train.Config(cons_space="own")
     gap = (h[:3] - h[3]).square().mean((1, 2, 3, 4))
