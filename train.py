@@ -591,7 +591,7 @@ def role_costs(cfg: Config, rounds: int = 5, batch: int = 32) -> None:
         for route in ("reverse", "forward", "finite") if name == "cafm" else ("",):
             own = dataclasses.replace(cfg, loss=name, init="", d_init="", **objective.defaults | ({"route": route} if route else {}))
             with contextlib.redirect_stderr(io.StringIO()):  # no advice here
-                nets = {"G": model.create("glyph-S").to(device)}
+                nets = {"G": model.create("glyph-S", **objective.generator(dataclasses.asdict(own))).to(device)}
                 if objective.D:
                     nets["D"] = build_discriminator(own, nets["G"])
             for role in nets:
