@@ -1,15 +1,16 @@
 """Training objectives, side by side.
 
-    name  the network predicts      target                       extra network calls   derivative of a network    paper                       test
-    fm    velocity v(x_t, t)        e - x                        none                  no                         arXiv:2210.02747, Eq. 23;   test_losses_fm_*
-                                                                                                                  SiT arXiv:2401.08740
-    cafm  velocity v(x_t, t)        that D's derivatives along   G, D and its input    D's, once (G) and twice    arXiv:2604.11521            test_losses_cafm_*
-                                    v and e - x look alike       gradient              (D)
-    afm   jump u: x_r = x_s -       that D's values at x_r and   G, D 2.5 times        no                         arXiv:2511.22475            test_losses_afm_*
-          (s - r) u(x_s, s)         data look alike
-    cat   images h_1 .. h_K of a    that D's values at each      G, D 2.5 times        no                         arXiv:2605.26449            test_losses_cat_*
-          latent, K stages          scale of h and data look
-                                    alike, and h_k like h_K
+    name  the network gives          what the loss asks for           extra calls       derivatives       paper, arXiv
+    fm    velocity v(x_t, t)         v = e - x on average             none              none              2210.02747, 2401.08740
+    cafm  velocity v(x_t, t)         D's derivatives along v and      G; D and its      D's: one (G),     2604.11521
+                                     e - x look alike                 input gradient    two (D)
+    afm   jump u: x_r = x_s          D's values at x_r and at data    G, 2.5 times D    none              2511.22475
+          - (s - r) u(x_s, s)        look alike, on the shortest way
+    cat   images h_1 .. h_K of a     D's values at every scale of h   G, 2.5 times D    none              2605.26449
+          latent, coarse to fine     and of data look alike, and
+                                     h_k is like h_K
+
+The tests of each are test_losses_NAME_* in test_all.py.
 
 Time runs from data (t = 0) to noise (t = 1): x_t = (1 - t) x + t e with e ~ N(0, I), and v = dx_t/dt = e - x.
 
@@ -308,7 +309,8 @@ def jump_times(draws: data.Draws, cfg) -> tuple[Tensor, Tensor]:
     return 1 - k / cfg.nfe, 1 - (k + 1) / cfg.nfe
 
 
-def flatness(D, x: Tensor, out: Tensor, s: Tensor, r: Tensor, y: Tensor, draws, purpose: str, step: float = 0.01) -> Tensor:
+def flatness(D, x: Tensor, out: Tensor, s: Tensor, r: Tensor, y: Tensor, draws, purpose: str,
+             step: float = 0.01) -> Tensor:
     """R1 (at data) or R2 (at samples) by differences: E (s - r) ((D(x + step n) - D(x)) / step)^2, n ~ N(0, I).
 
     Its mean over n is |grad_x D|^2, and a little more where D is curved (arXiv:2511.22475, Sec. 3.5, Eq. 20). Every
@@ -552,14 +554,16 @@ CONTROLS = {  # what is lost without an ingredient; "x": the network gives where
 
 
 def train_points(name: str, mixture: Mixture, cfg: Config | None = None) -> PointNet:
-    """Train a PointNet, and its discriminator where there is one, on draws of the mixture; returns the averaged network."""
+    """Train a PointNet, and a discriminator where there is one, on draws of the mixture; returns the averaged network."""
     cfg, objective = cfg or SETTINGS[name], LOSSES[name]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(cfg.seed)
-        nets = {"G": PointNet(mixture.means.shape[1], predict=cfg.predict)} | ({"D": PointDiscriminator(mixture.means.shape[1])}
-                                                          if objective.D else {})
+        nets = {"G": PointNet(mixture.means.shape[1], predict=cfg.predict)}
+        if objective.D:
+            nets["D"] = PointDiscriminator(mixture.means.shape[1])
     rates = {"G": cfg.lr, "D": cfg.d_lr}
-    opts = {role: torch.optim.AdamW(net.parameters(), rates[role], cfg.betas, weight_decay=0) for role, net in nets.items()}
+    opts = {role: torch.optim.AdamW(net.parameters(), rates[role], cfg.betas, weight_decay=0)
+            for role, net in nets.items()}
     ema = copy.deepcopy(nets["G"]).requires_grad_(False)
     bar = tqdm(range(cfg.steps), desc=name)
     for step in bar:
@@ -663,7 +667,7 @@ def _density(mixture: Mixture, x: Tensor, t: Tensor) -> Tensor:
 class Options:
     losses: str = option("", "objectives to train, such as fm,afm; empty: all")
     steps: int = option(0, "steps of each; 0: as many as it needs")
-    controls: bool = option(False, "also train what should fail: cafm with a slow discriminator, afm without transport cost")
+    controls: bool = option(False, "also train what lacks an ingredient: cafm with a slow D, afm without transport cost")
     seed: int = option(0, "seed of weights, data and noise")
     out: str = option("losses.png", "the picture to write")
 
@@ -681,8 +685,8 @@ def main(argv: list[str] | None = None) -> None:
         nets[name] = train_points(method, FOUR_MODES, cfg)
         calls[name] = LOSSES[method].sampling(dataclasses.asdict(cfg)).get("steps", 50)
         rows[name] = cfg.steps, cfg.batch, calls[name], point_errors(nets[name], FOUR_MODES, calls[name])
-    print(f"\n1-D mixture of four modes against its closed form, seed {options.seed} (losses.point_errors says what the columns "
-          f"are)\n{'objective':>28} {'steps':>6} {'batch':>6} {'sampled in':>11}"
+    print(f"\n1-D mixture of four modes against its closed form, seed {options.seed} (the columns: see point_errors)\n"
+          f"{'objective':>28} {'steps':>6} {'batch':>6} {'sampled in':>11}"
           + "".join(f"{column:>10}" for column in rows["exact v"][-1]))
     for name, (steps, batch, sampled, errors) in rows.items():
         print(f"{name:>28} {steps:>6} {batch:>6} {sampled:>11}"

@@ -70,8 +70,8 @@ class Config:
     label_drop: float = option(0.1, "share of labels replaced by the null label, for guidance")
     d_warmup: int = option(0, "cafm: steps of the discriminator alone before the generator's first")
     d_steps: int = option(4, "cafm: steps of the discriminator for one of the generator")
-    route: str = option("reverse", "cafm: derivatives of D by one input gradient, by forward mode (CAFM's official code), "
-                        "or by finite differences over --interval", ("reverse", "forward", "finite"))
+    route: str = option("reverse", "cafm: derivatives of D by one input gradient, by forward mode (the official code), or "
+                        "by finite differences over --interval", ("reverse", "forward", "finite"))
     interval: float = option(0.05, "cafm --route finite: length in time")
     nfe: int = option(1, "afm: jumps from noise to data")
     cp: float = option(0.001, "cafm, afm: weight of the penalty that centres D's values")
@@ -584,12 +584,13 @@ def benchmark(cfg: Config, rounds: int = 5) -> None:
 def role_costs(cfg: Config, rounds: int = 5, batch: int = 32) -> None:
     """Print time and peak memory of each role of each objective, up to its gradients, in flow-matching steps."""
     device = torch.device("cuda" if torch.cuda.is_available() and cfg.device != "cpu" else "cpu")
-    print(f"\nloss and gradients of each role on glyph-S, batch {batch}, float32, on {device}: time in flow-matching steps, "
-          f"median of {rounds} rounds in turn, and peak memory")
+    print(f"\nloss and gradients of each role on glyph-S, batch {batch}, float32, on {device}: time in flow-matching "
+          f"steps,\nmedian of {rounds} rounds in turn, and peak memory")
     steps = {}
     for name, objective in losses.LOSSES.items():
         for route in ("reverse", "forward", "finite") if name == "cafm" else ("",):
-            own = dataclasses.replace(cfg, loss=name, init="", d_init="", **objective.defaults | ({"route": route} if route else {}))
+            settings = objective.defaults | ({"route": route} if route else {})
+            own = dataclasses.replace(cfg, loss=name, init="", d_init="", **settings)
             with contextlib.redirect_stderr(io.StringIO()):  # no advice here
                 nets = {"G": model.create("glyph-S", **objective.generator(dataclasses.asdict(own))).to(device)}
                 if objective.D:
@@ -604,12 +605,13 @@ def role_costs(cfg: Config, rounds: int = 5, batch: int = 32) -> None:
 def _role_step(objective: losses.Objective, role: str, nets: dict, cfg: Config, batch: int):
     x = torch.rand(batch, *nets["G"].shape, device=nets["G"].pos_embed.device) * 2 - 1
     y, draws = torch.arange(batch, device=x.device) % 10, data.Draws(cfg.seed, range(batch), x.device)
+    others = [net for name, net in nets.items() if name != role]
 
     def step():
         for name, net in nets.items():
             net.requires_grad_(name == role).zero_grad()
             net.pos_embed.requires_grad_(False)
-        getattr(objective, role)(nets[role], x, y, draws, cfg, *(net for name, net in nets.items() if name != role))[0].backward()
+        getattr(objective, role)(nets[role], x, y, draws, cfg, *others)[0].backward()
 
     return step
 
