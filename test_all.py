@@ -2374,13 +2374,22 @@ def test_train_two_processes_equal_one(tmp_path, loss):
 def test_train_moves_one_network_at_a_time(tmp_path, loss, monkeypatch):
     """A step of D leaves G and its EMA bit for bit where they were, and the other way round; positions never train."""
     states = []
-    monkeypatch.setattr(train, "save_checkpoint", lambda path, step, seconds, cfg, nets, opts, ema: states.append(
-        {role: {k: v.clone() for k, v in net.state_dict().items()} for role, net in (*nets.items(), ("ema", ema))}))
+
+    def note(path, step, seconds, cfg, nets, opts, ema):
+        assert all(p.grad is None for net in nets.values() for p in net.parameters()), "left over for the next turn"
+        states.append({role: {k: v.clone() for k, v in net.state_dict().items()}
+                       for role, net in (*nets.items(), ("ema", ema))})
+
+    monkeypatch.setattr(train, "save_checkpoint", note)
     cfg = tiny_run(tmp_path / "run", loss=loss, steps=6, save_every=1, log_every=1, **ROLE_SETTINGS[loss])
     train.train(cfg)
     turns = [losses.LOSSES[loss].turn(step, cfg) for step in range(1, 6)]
     assert set(turns) == {"D", "G"}
-    for before, after, role in zip(states, states[1:], turns):
+    for step, (before, after, role) in enumerate(zip(states, states[1:], turns), 1):
+        if role == "G":
+            share = 1 - min(cfg.ema, (1 + step) / (10 + step))
+            for key, value in after["ema"].items():
+                assert torch.allclose(value, before["ema"][key].lerp(after["G"][key], share), atol=1e-7), key
         moved = {name for name in before for k in before[name]
                  if k != "gradient_square" and not torch.equal(before[name][k], after[name][k])}
         assert moved == ({"D"} if role == "D" else {"G", "ema"})
