@@ -378,7 +378,7 @@ def cafm_turn(step: int, cfg) -> str:
     return "D" if step <= cfg.d_warmup or step % (cfg.d_steps + 1) < cfg.d_steps else "G"
 
 
-def afm_turn(step: int, cfg) -> str:
+def alternate(step: int, cfg) -> str:
     return "DG"[step % 2]
 
 
@@ -398,13 +398,12 @@ class Objective(typing.NamedTuple):
 LOSSES = {
     "fm": Objective(fm),
     "cafm": Objective(cafm_G, cafm_D, cafm_turn, alarm=0.2, discriminator=dict(norm="rms"),
-                      defaults=dict(beta1=0.0, beta2=0.95, ema=0.99, cp=1e-3, ot=0.0, ot_end=0.0,
-                                    decay="constant", lr=1e-4, d_lr=1e-4, d_warmup=1000)),
-    "afm": Objective(afm_G, afm_D, afm_turn, alarm=0.05, discriminator=dict(norm="layer"),
+                      defaults=dict(beta1=0.0, beta2=0.95, ema=0.99, decay="constant", lr=1e-4, d_warmup=1000)),
+    "afm": Objective(afm_G, afm_D, alternate, alarm=0.05, discriminator=dict(norm="layer"),
                      defaults=dict(beta1=0.0, beta2=0.9, label_drop=0.0, weight_decay=0.01, decay="constant", lr=5e-4,
-                                   d_lr=5e-4, cp=0.01, ot=0.2, ot_end=0.01, clip=0.0),
+                                   cp=0.01, ot=0.2, ot_end=0.01, clip=0.0),
                      sampling=lambda settings: dict(steps=settings["nfe"], solver="euler", guidance=1.0)),
-    "cat": Objective(cat_G, cat_D, afm_turn, alarm=0.05, kind=model.ScaleDiscriminator,
+    "cat": Objective(cat_G, cat_D, alternate, alarm=0.05, kind=model.ScaleDiscriminator,
                      generator=lambda settings: dict(stages=settings["stages"]),
                      defaults=dict(beta1=0.0, beta2=0.99, label_drop=0.0, decay="constant", lr=1e-3, gp=0.01),
                      sampling=lambda settings: dict(steps=1, solver="euler", guidance=1.0)),

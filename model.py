@@ -92,15 +92,19 @@ def attention_plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def attention_recompute(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """The closed forms below, a block of queries at a time: no (N, M) array is kept, at most (QUERIES, M) exist at once."""
-    refuse_compile("attention body 'recompute' has", "compile with body 'fused' or 'plain'")
-    return Attend.apply(TORCH, q, k, v, *(x.new_empty(0, *x.shape) for x in (q, k, v)))[0]
+    return closed_form(TORCH, q, k, v)
 
 
 def attention_triton(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """The closed forms below as Triton kernels: bfloat16, float16 and float32; a GPU, or Triton's interpreter."""
-    refuse_compile("attention body 'triton' has", "compile with body 'fused' or 'plain'")
     check_triton(q)
-    return Attend.apply(TRITON, q, k, v, *(x.new_empty(0, *x.shape) for x in (q, k, v)))[0]
+    return closed_form(TRITON, q, k, v)
+
+
+def closed_form(kernels, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """`Attend` without tangents; those come by its own forward-mode rule."""
+    refuse_compile("attention bodies 'recompute' and 'triton' have", "compile with body 'fused' or 'plain'")
+    return Attend.apply(kernels, q, k, v, *(x.new_empty(0, *x.shape) for x in (q, k, v)))[0]
 
 
 def refuse_compile(what: str, instead: str) -> None:
@@ -361,8 +365,8 @@ if triton:
                 dK, dV = read_tile(dk + columns, key, M, d, TILE, WIDTH), read_tile(dv + columns, key, M, d, TILE, WIDTH)
             inside = (row + tl.arange(0, TILE) < N)[:, None] & (key + tl.arange(0, TILE) < M)[None, :]
             P, PW, gS, gdS = pair_tile(Q, K, V, dQ, dK, dV, g, u, read_rows(lse + numbers, row, N, TILE),
-                                     read_rows(mu + numbers, row, N, TILE), read_rows(xbar + numbers, row, N, TILE),
-                                     read_rows(D + numbers, row, N, TILE), inside, s, TANGENT, EXACT)
+                                       read_rows(mu + numbers, row, N, TILE), read_rows(xbar + numbers, row, N, TILE),
+                                       read_rows(D + numbers, row, N, TILE), inside, s, TANGENT, EXACT)
             if QUERIES_SIDE:
                 first += mm(gS, K, EXACT)
                 if TANGENT:
@@ -414,8 +418,7 @@ def triton_forward(q, k, v, dq, dk, dv):
     O, dO = torch.empty_like(q), torch.empty_like(dq)
     lse, mu = q.new_empty(B, H, N, 1, dtype=torch.float32), q.new_empty(T, B, H, N, 1, dtype=torch.float32)
     grid = (triton.cdiv(N, options["TILE"]), B * H)
-    for tangent in zip(dq, dk, dv, dO, mu) if T else [(q, k, v, O, lse)]:
-        dq_, dk_, dv_, dO_, mu_ = tangent
+    for dq_, dk_, dv_, dO_, mu_ in zip(dq, dk, dv, dO, mu) if T else [(q, k, v, O, lse)]:  # the latter are not looked at
         forward_kernel[grid](q, k, v, dq_, dk_, dv_, O, dO_, lse, mu_, N, M, d, 1 / math.sqrt(d), TANGENT=T > 0, **options)
     return O, dO, lse, mu
 

@@ -1535,7 +1535,7 @@ def test_losses_schedules():
     assert turns.count("G") == 2353 and turns.index("G") == 10_012
     short = losses.Config(d_warmup=5, d_steps=1)
     assert [losses.cafm_turn(step, short) for step in range(9)] == list("DDDDDDDGD")
-    assert [losses.afm_turn(step, cfg) for step in range(4)] == ["D", "G", "D", "G"]
+    assert [losses.alternate(step, cfg) for step in range(4)] == ["D", "G", "D", "G"]
     cfg = losses.Config(ot=0.2, ot_end=0.02, steps=101, batch=8)
     weights = [losses.ot_weight(types.SimpleNamespace(positions=range(8 * step + 3, 8 * step + 8)), cfg) for step in (0, 50, 100)]
     assert np.allclose(weights, [0.2, 0.11, 0.02])
