@@ -5,10 +5,11 @@
     cafm  velocity v(x_t, t)         D's derivatives along v and      G; D and its      D's: one (G),     2604.11521
                                      e - x look alike                 input gradient    two (D)
     afm   jump u: x_r = x_s          D's values at x_r and at data    G, 2.5 times D    none              2511.22475
-          - (s - r) u(x_s, s)        look alike, on the shortest way
+          - (s - r) u(x_s, s, r)     look alike, on the shortest way
     cat   images h_1 .. h_K of a     D's values at every scale of h   G, 2.5 times D    none              2605.26449
           latent, coarse to fine     and of data look alike, and
                                      h_k is like h_K
+    classifier  log p(y | x_t)       the label of x; guides afm       none              none              2511.22475
 
 The tests of each are test_losses_NAME_* in test_all.py.
 
@@ -168,7 +169,8 @@ def afm_D(D, x: Tensor, y: Tensor, draws: data.Draws, cfg, G) -> tuple[Tensor, d
 
         E softplus(f - r) + gp (R1 + R2) + cp E (r + f)^2,   r = D(x_r, r), f = D(jump to r, r).
 
-    R1, R2: see `flatness`. D never sees where a jump came from, or no generator could satisfy it.
+    R1, R2: see `flatness`. D never sees where a jump came from, or no generator could satisfy it. It sees data and jump
+    through the same `augment`. paper: shifts by up to 30 % and three holes; here: those of `augment`, as for cat.
     """
     s, r = jump_times(draws, cfg)
 
@@ -177,6 +179,7 @@ def afm_D(D, x: Tensor, y: Tensor, draws: data.Draws, cfg, G) -> tuple[Tensor, d
 
     with torch.no_grad():
         made = jump(G, x_s, s, r, y)
+    x_r, made = augment(torch.stack([x_r, made]), draws, cfg.augment)
 
     real, fake = D(x_r, r, y), D(made, r, y)
     r1 = flatness(D, x_r, real, s, r, y, draws, "R1")
@@ -185,11 +188,12 @@ def afm_D(D, x: Tensor, y: Tensor, draws: data.Draws, cfg, G) -> tuple[Tensor, d
     return loss, {"real": real.mean(), "fake": fake.mean(), "r1": r1, "r2": r2}
 
 
-def afm_G(G, x: Tensor, y: Tensor, draws: data.Draws, cfg, D) -> tuple[Tensor, dict]:
-    """AFM's generator: E softplus(r - f) + ot E |jump - x_s|^2 / (s - r)   (arXiv:2511.22475, Eq. 16-21)
+def afm_G(G, x: Tensor, y: Tensor, draws: data.Draws, cfg, D, C=None) -> tuple[Tensor, dict]:
+    """AFM's generator: E softplus(r - f) + ot E |jump - x_s|^2 / (s - r) + cg L_cg   (arXiv:2511.22475, Eq. 16-21)
 
     with |.|^2 a mean over pixels: of all maps to the data, the shortest. Between the jump and D its gradient is
-    normalised (`NormaliseGradient`), so that `ot` means the same for every network and size.
+    normalised (`NormaliseGradient`), so that `ot` means the same for every network and size. L_cg, where there is a
+    classifier C: see `guide`.
     """
     s, r = jump_times(draws, cfg)
 
@@ -198,13 +202,18 @@ def afm_G(G, x: Tensor, y: Tensor, draws: data.Draws, cfg, D) -> tuple[Tensor, d
 
     made = jump(G, x_s, s, r, y)
 
+    real_seen, made_seen = augment(torch.stack([x_r, made]), draws, cfg.augment)
     with torch.no_grad():
-        real = D(x_r, r, y)
-    fake = D(NormaliseGradient.apply(made, D.gradient_square), r, y)
+        real = D(real_seen, r, y)
+    fake = D(NormaliseGradient.apply(made_seen, D.gradient_square), r, y)
     adversarial = F.softplus(real - fake).mean()
     distance = (made - x_s).square().flatten(1).mean(1)
     loss = adversarial + ot_weight(draws, cfg) * (distance / (s - r).clamp_min(1e-3)).mean()
-    return loss, {"adversarial": adversarial, "distance": distance.mean()}
+    logs = {"adversarial": adversarial, "distance": distance.mean()}
+    if C is None:
+        return loss, logs
+    surprise = guide(C, made, r, y, draws, cfg)
+    return loss + cfg.cg * surprise, logs | {"surprise": surprise}
 
 
 def cat_D(D, x: Tensor, y: Tensor, draws: data.Draws, cfg, G) -> tuple[Tensor, dict]:
@@ -304,9 +313,39 @@ def jump(G, x_s: Tensor, s: Tensor, r: Tensor, y: Tensor) -> Tensor:
 
 
 def jump_times(draws: data.Draws, cfg) -> tuple[Tensor, Tensor]:
-    """Times (s, r) of a jump: one of the nfe equal steps from 1 to 0."""
+    """Times (s, r) of a jump: one of the nfe equal steps from 1 to 0; any, s ~ U(0, 1) and r ~ U(0, s), where nfe = 0."""
+    if not cfg.nfe:
+        s = 1 - draws.uniform("time")
+        return s, s * draws.uniform("time of the jump's end")
     k = (draws.uniform("time") * cfg.nfe).floor()
     return 1 - k / cfg.nfe, 1 - (k + 1) / cfg.nfe
+
+
+def guide(C, made: Tensor, r: Tensor, y: Tensor, draws, cfg) -> Tensor:
+    """L_cg: how surprising the labels are at the jumps' ends, -log p(y | x_t') (arXiv:2511.22475, official code).
+
+    One-step jumps end at data, where classes lie apart and a classifier has no slope: they are noised to a random time
+    t' in [0, cg_time) first. Others end at t' = r, and those with r < 0.5 count.
+    """
+    if cfg.nfe != 1:
+        return (F.cross_entropy(C(made, r), y, reduction="none") * (r < 0.5)).mean()
+    t = cfg.cg_time * draws.uniform("guide's time")
+    return F.cross_entropy(C(interpolate(made, draws.normal("guide's noise", made.shape[1:]), t), t), y)
+
+
+def classifier(net, x: Tensor, y: Tensor, draws: data.Draws, cfg) -> tuple[Tensor, dict]:
+    """AFM's guide: the cross-entropy of the label given x_t, for every t (arXiv:2511.22475, official code).
+
+    paper: images are also rotated, scaled and sheared; here: `augment`.
+    """
+    t = sample_times(draws, cfg)
+
+    e = draws.normal("noise", x.shape[1:])
+    x_t = interpolate(augment(x[None], draws, cfg.augment)[0], e, t)
+
+    logits = net(x_t, t)
+
+    return F.cross_entropy(logits, y), {"accuracy": (logits.argmax(1) == y).float().mean()}
 
 
 def flatness(D, x: Tensor, out: Tensor, s: Tensor, r: Tensor, y: Tensor, draws, purpose: str,
@@ -369,6 +408,11 @@ def ot_weight(draws, cfg) -> float:
     return cfg.ot_end + (cfg.ot - cfg.ot_end) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
+def _times(nfe: int) -> int:
+    """Times that a generator of jumps is told: none for one jump, the start for equal ones, both ends for any."""
+    return {0: 2, 1: 0}.get(nfe, 1)
+
+
 def only_G(step: int, cfg) -> str:
     return "G"
 
@@ -390,23 +434,30 @@ class Objective(typing.NamedTuple):
     defaults: dict = {}
     generator: typing.Callable = lambda settings: {}  # options of model.create, from a run's settings
     kind: type = model.Discriminator
-    discriminator: dict = {}  # its options
+    discriminator: typing.Callable = lambda settings: {}  # its options
+    draws_images: bool = True  # whether a run has pictures to show
     alarm: float = 0.0        # a mean loss of D below this: D has won
     sampling: typing.Callable = lambda settings: {}  # how a run's samples are made, where that is not a matter of choice
 
 
 LOSSES = {
     "fm": Objective(fm),
-    "cafm": Objective(cafm_G, cafm_D, cafm_turn, alarm=0.2, discriminator=dict(norm="rms"),
+    "cafm": Objective(cafm_G, cafm_D, cafm_turn, alarm=0.2, discriminator=lambda settings: dict(norm="rms"),
                       defaults=dict(beta1=0.0, beta2=0.95, ema=0.99, decay="constant", lr=1e-4, d_warmup=1000)),
-    "afm": Objective(afm_G, afm_D, alternate, alarm=0.05, discriminator=dict(norm="layer"),
+    "afm": Objective(afm_G, afm_D, alternate, alarm=0.05,
+                     generator=lambda settings: dict(times=_times(settings["nfe"]), repeats=settings["repeats"]),
+                     discriminator=lambda settings: dict(times=min(1, _times(settings["nfe"])), repeats=0, norm="layer"),
                      defaults=dict(beta1=0.0, beta2=0.9, label_drop=0.0, weight_decay=0.01, decay="constant", lr=5e-4,
                                    cp=0.01, ot=0.2, ot_end=0.01, clip=0.0),
-                     sampling=lambda settings: dict(steps=settings["nfe"], solver="euler", guidance=1.0)),
+                     sampling=lambda settings: dict(solver="euler", guidance=1.0,
+                                                    **({"steps": settings["nfe"]} if settings["nfe"] else {}))),
     "cat": Objective(cat_G, cat_D, alternate, alarm=0.05, kind=model.ScaleDiscriminator,
                      generator=lambda settings: dict(stages=settings["stages"]),
                      defaults=dict(beta1=0.0, beta2=0.99, label_drop=0.0, decay="constant", lr=1e-3, gp=0.01),
                      sampling=lambda settings: dict(steps=1, solver="euler", guidance=1.0)),
+    "classifier": Objective(classifier, draws_images=False, generator=lambda settings: dict(classifier=True, predict="v"),
+                            defaults=dict(beta2=0.95, weight_decay=0.01, decay="constant", lr=1e-3, time="uniform",
+                                          augment=0.4)),
 }
 
 
@@ -531,6 +582,7 @@ class Config:
     ot: float = 0.0
     ot_end: float = 0.0
     gp: float = 0.05
+    augment: float = 0.0
     nfe: int = 1
     d_steps: int = 4
     d_warmup: int = 0

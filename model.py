@@ -1,5 +1,5 @@
-"""The network: attention with its derivatives, one DiT/SiT transformer, CAFM's discriminator, CAT's two networks,
-derivatives of a network with respect to its input, the zoo, and the reading of official checkpoints.
+"""The network: attention with its derivatives, one DiT/SiT transformer, the discriminator and classifier of adversarial
+flows, CAT's two networks, derivatives of a network with respect to its input, the zoo, reading official checkpoints.
 
 A network maps (x_t, t, y) to the velocity of the flow at x_t, with t = 0 data and t = 1 noise, whatever its last layer
 predicts inside:
@@ -581,14 +581,18 @@ class FinalLayer(nn.Module):
 class DiT(nn.Module):
     """The diffusion transformer of DiT (arXiv:2212.09748) and SiT (arXiv:2401.08740).
 
-    norm: layer or rms. learn_sigma: the last layer has 2 C channels as in the official files; the second half (DiT's variance, untrained
-    in SiT) is dropped. null_class: whether the label table has the extra row of guidance. t_min: see `clean_velocity`.
+    norm: layer or rms. learn_sigma: the last layer has 2 C channels as in the official files; the second half (DiT's
+    variance, untrained in SiT) is dropped. null_class: whether the label table has the extra row of guidance. t_min:
+    see `clean_velocity`. times: how many times the network is told, 0 (a jump from noise to data), 1 (t), or 2 (t and
+    the length t - r of a jump to r). time_scale: times are multiplied by it (1000: AFM's official files). repeats: the
+    stack of blocks is run that often, see `passes`.
     A fresh network returns exactly 0 from its last layer, and each of its blocks is the identity (adaLN-zero).
     """
 
     def __init__(self, input_size: int = 32, patch: int = 2, channels: int = 4, width: int = 1152, depth: int = 28,
                  heads: int = 16, mlp_ratio: float = 4.0, num_classes: int = 1000, null_class: bool = True,
-                 learn_sigma: bool = False, predict: str = "v", t_min: float = 0.05, norm: str = "layer"):
+                 learn_sigma: bool = False, predict: str = "v", t_min: float = 0.05, norm: str = "layer",
+                 times: int = 1, time_scale: float = 1.0, repeats: int = 0):
         self.config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         super().__init__()
         if input_size % patch:
@@ -600,12 +604,19 @@ class DiT(nn.Module):
             raise ValueError(f"predict {predict!r}: expected v, x or eps")
         if norm not in ("layer", "rms"):
             raise ValueError(f"norm {norm!r}: expected layer or rms")
+        if times not in (0, 1, 2) or repeats < 0 or times and repeats:
+            raise ValueError(f"times {times}, repeats {repeats}: expected times 0, 1 or 2, and repeats with times 0 only, "
+                             f"as a repeated stack tells its passes apart by the time embedding")
         self.patch, self.channels, self.out_channels = patch, channels, channels * (1 + learn_sigma)
         self.num_classes, self.null_class, self.predict, self.t_min = num_classes, null_class, predict, t_min
         self.shape = (channels, input_size, input_size)
         self.amp = None  # torch.bfloat16: run the network, and nothing else, under autocast
+        self.times, self.time_scale, self.repeats = times, time_scale, repeats
         self.x_embedder = PatchEmbed(channels, patch, width)
-        self.t_embedder = TimestepEmbedder(width)
+        if times or repeats:
+            self.t_embedder = TimestepEmbedder(width)
+        if times == 2:
+            self.jump_embedder = TimestepEmbedder(width)
         self.y_embedder = LabelEmbedder(num_classes, width, null_class)
         self.pos_embed = nn.Parameter(position_table(width, input_size // patch), requires_grad=False)
         self.blocks = nn.ModuleList(Block(width, heads, mlp_ratio, norm) for _ in range(depth))
@@ -620,8 +631,12 @@ class DiT(nn.Module):
                 nn.init.zeros_(layer.bias)
         nn.init.xavier_uniform_(self.x_embedder.proj.weight.view(self.x_embedder.proj.out_channels, -1))
         nn.init.zeros_(self.x_embedder.proj.bias)
-        for table in (self.y_embedder.embedding_table, self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
-            nn.init.normal_(table.weight, std=0.02)
+        nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
+        for embedder in (m for m in self.modules() if isinstance(m, TimestepEmbedder)):
+            nn.init.normal_(embedder.mlp[0].weight, std=0.02)
+            nn.init.normal_(embedder.mlp[2].weight, std=0.02)
+        if self.times == 2:  # so that a flow's weights with a fresh jump_embedder are that flow, whatever r
+            nn.init.zeros_(self.jump_embedder.mlp[2].weight)
         for layer in [*(b.adaLN_modulation[1] for b in self.blocks), self.final_layer.adaLN_modulation[1],
                       self.final_layer.linear]:
             nn.init.zeros_(layer.weight)
@@ -633,23 +648,49 @@ class DiT(nn.Module):
         image = tokens.view(B, side, side, P, P, self.out_channels).permute(0, 5, 1, 3, 2, 4)
         return image.reshape(B, self.out_channels, side * P, side * P)
 
-    def raw(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+    def condition(self, t: Tensor, y: Tensor, r: Tensor | None = None) -> Tensor:
+        """(B, W): the embeddings of the class and of as many times as the network is told. Without r, r = t."""
+        c = self.y_embedder(y)
+        if self.times:
+            c = c + self.t_embedder(self.time_scale * t)
+        if self.times == 2:
+            c = c + self.jump_embedder(self.time_scale * (torch.zeros_like(t) if r is None else t - r))
+        return c
+
+    def passes(self, c: Tensor) -> list[Tensor]:
+        """The condition (B, W) of each pass through the stack of blocks: one, or in a deep generator R = `repeats`,
+
+        which tell each other apart by the embedding of the time 1 - k / R, k = 0 .. R - 1, as the time of a flow is not
+        needed there (AFM, arXiv:2511.22475, Sec. 3.7). The last layer sees c alone.
+        """
+        R = self.repeats
+        return [c + self.t_embedder(c.new_full((len(c),), self.time_scale * (1 - k / R))) for k in range(R)] or [c]
+
+    def raw(self, x: Tensor, t: Tensor, y: Tensor, r: Tensor | None = None) -> Tensor:
         """The official forward pass: (B, C, h, w), t (B,) in the network's own time, y (B,) -> (B, C or 2C, h, w)."""
         with torch.autocast(x.device.type, self.amp) if self.amp else contextlib.nullcontext():
-            c = self.t_embedder(t) + self.y_embedder(y)                                           # (B, W)
+            c = self.condition(t, y, r)                                                           # (B, W)
             x = self.x_embedder(x) + self.pos_embed                                               # (B, N, W)
-            for block in self.blocks:
-                x = block(x, c)
+            for own in self.passes(c):
+                for block in self.blocks:
+                    x = block(x, own)
             return self.unpatchify(self.final_layer(x, c))
+
+    def read(self, token: Tensor, x: Tensor, c: Tensor) -> Tensor:
+        """A token (W,) put in front of the tokens x (B, N, W), as it leaves the last block: (B, W)."""
+        x = torch.cat([token.expand(len(x), 1, -1).to(x.dtype), x], 1)                           # (B, 1 + N, W)
+        for block in self.blocks:
+            x = block(x, c)
+        return x[:, 0]
 
     def forward(self, x_t: Tensor, t: Tensor, y: Tensor, r: Tensor | None = None) -> Tensor:
         """Velocity at x_t (B, C, h, w), times t (B,) in [0, 1], labels y (B,) int64: the shape of x_t, float32 or wider.
 
-        `r`, the time a flow map jumps to, is taken for the signature's sake: this network does not look at it.
+        r (B,), the time of a jump's end, is looked at with times = 2 only; the velocity is then the jump's average.
         """
         if self.predict == "eps":
             return self._velocity_from_vp_noise(x_t, t, y)
-        out = self.raw(x_t, t, y)[:, :self.channels]
+        out = self.raw(x_t, t, y, r)[:, :self.channels]
         out = out.to(torch.promote_types(out.dtype, torch.float32))
         return clean_velocity(out, x_t, t, self.t_min) if self.predict == "x" else out
 
@@ -700,12 +741,30 @@ class Discriminator(DiT):
     def forward(self, x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """x_t (B, C, h, w), t (B,) in [0, 1], y (B,) int64 -> (B,), float32 or wider."""
         with torch.autocast(x_t.device.type, self.amp) if self.amp else contextlib.nullcontext():
-            c = self.t_embedder(t) + self.y_embedder(y)                                           # (B, W)
             x = self.x_embedder(x_t) + self.pos_embed                                             # (B, N, W)
-            x = torch.cat([self.dis_embed.expand(len(x), 1, -1).to(x.dtype), x], 1)              # (B, 1 + N, W)
-            for block in self.blocks:
-                x = block(x, c)
-            out = self.final_layer(x[:, 0])[:, 0]                                                 # (B,)
+            out = self.final_layer(self.read(self.dis_embed, x, self.condition(t, y)))[:, 0]      # (B,)
+        return out.to(torch.promote_types(out.dtype, torch.float32))
+
+
+class Classifier(DiT):
+    """log p(y | x_t) up to a constant, for every t: AFM's guide (arXiv:2511.22475, official code and its names).
+
+    The transformer without the class, read out of one more token. `predict`, `t_min` and `learn_sigma` mean nothing.
+    """
+
+    def __init__(self, classifier: bool = True, **config):
+        super().__init__(**config)
+        self.config |= dict(classifier=classifier)  # by which `from_config` knows it
+        width, norm = self.config["width"], self.config["norm"]
+        del self.y_embedder
+        self.cls_embed = nn.Parameter(0.02 * torch.randn(width))
+        self.final_layer = nn.Sequential(normalisation(norm, width), nn.Linear(width, self.num_classes))
+
+    def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
+        """x_t (B, C, h, w), t (B,) in [0, 1] -> logits (B, num_classes), float32 or wider."""
+        with torch.autocast(x_t.device.type, self.amp) if self.amp else contextlib.nullcontext():
+            x = self.x_embedder(x_t) + self.pos_embed                                             # (B, N, W)
+            out = self.final_layer(self.read(self.cls_embed, x, self.t_embedder(self.time_scale * t)))
         return out.to(torch.promote_types(out.dtype, torch.float32))
 
 
@@ -722,13 +781,13 @@ class StagedDiT(DiT):
     """
 
     def __init__(self, stages: int = 3, latent: int = 64, **config):
-        super().__init__(**config | dict(predict="x", learn_sigma=False))
+        super().__init__(**config | dict(predict="x", learn_sigma=False, times=0))
         self.config |= dict(stages=stages, latent=latent)
         width, depth, numbers = self.config["width"], self.config["depth"], math.prod(self.shape)
         if not 2 <= stages <= depth or not 1 <= latent <= numbers:
             raise ValueError(f"{stages} stages and a latent of {latent}: expected 2 to {depth} stages (the blocks) "
                              f"and 1 to {numbers} numbers (an image)")
-        del self.x_embedder, self.t_embedder
+        del self.x_embedder
         self.latent, self.ends = latent, [depth * k // stages for k in range(1, stages + 1)]
         self.norm = RMSNorm()
         self.mapping = nn.Sequential(nn.Linear(latent + width, width), nn.SiLU(), nn.Linear(width, width))
@@ -749,8 +808,8 @@ class StagedDiT(DiT):
         images = torch.stack(images)
         return images.to(torch.promote_types(images.dtype, torch.float32)).cumsum(0)
 
-    def raw(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        """The last stage, whatever t."""
+    def raw(self, x: Tensor, t: Tensor, y: Tensor, r: Tensor | None = None) -> Tensor:
+        """The last stage, whatever the times."""
         return self.stages(x, y)[-1]
 
 
@@ -764,13 +823,12 @@ class ScaleDiscriminator(DiT):
     """
 
     def __init__(self, stages: int = 3, latent: int = 0, **config):
-        super().__init__(**config)
+        super().__init__(**config | dict(times=0))
         self.config |= dict(stages=stages, latent=latent)
         width, size = self.config["width"], self.shape[1]
         if size % (self.patch << stages - 1):
             raise ValueError(f"an image of {size} pixels, halved {stages - 1} times, does not divide into patches of "
                              f"{self.patch}: choose fewer stages, a smaller patch or another size")
-        del self.t_embedder
         self.sides = [size // self.patch >> k for k in range(stages)]
         tables = [position_table(width, side) for side in self.sides]
         self.pos_embed = nn.Parameter(torch.cat(tables, 1), requires_grad=False)
@@ -786,10 +844,7 @@ class ScaleDiscriminator(DiT):
             c = self.norm(self.y_embedder(y))                                                     # (B, W)
             for x, position, scale, token in zip(images, positions, self.scale_embed, self.dis_embed, strict=True):
                 x = self.x_embedder(x) + position + scale                                         # (B, N / 4^k, W)
-                x = torch.cat([token.expand(len(x), 1, -1).to(x.dtype), x], 1)
-                for block in self.blocks:
-                    x = block(x, c)
-                outs.append(self.final_layer(x[:, 0]))
+                outs.append(self.final_layer(self.read(token, x, c)))
         out = torch.cat(outs, 1)                                                                  # (B, K)
         return out.to(torch.promote_types(out.dtype, torch.float32))
 
@@ -929,7 +984,7 @@ ZOO |= {f"SiT-{size}/{patch}": dict(patch=patch, width=width, depth=depth, heads
 def create(name: str, **options) -> DiT:
     """A fresh network of the zoo; `options` override its entries (input_size, channels, num_classes, predict, ...).
 
-    With `stages` among them it is a StagedDiT.
+    With `stages` among them it is a StagedDiT, with `classifier` a Classifier.
     """
     if name not in ZOO:
         raise ValueError(f"no model {name!r}: choose one of {', '.join(ZOO)}")
@@ -937,7 +992,7 @@ def create(name: str, **options) -> DiT:
 
 
 def from_config(config: dict) -> DiT:
-    return (StagedDiT if "stages" in config else DiT)(**config)
+    return (StagedDiT if "stages" in config else Classifier if "classifier" in config else DiT)(**config)
 
 
 def multiply_adds(net: DiT) -> int:
@@ -951,7 +1006,7 @@ def multiply_adds(net: DiT) -> int:
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# 6. Reading checkpoints: ours, and the official DiT and SiT files
+# 6. Reading checkpoints: ours, and the official DiT, SiT and AFM files
 # --------------------------------------------------------------------------------------------------------------------
 
 HEADS = {width: heads for width, _, heads in SIZES.values()}
@@ -978,10 +1033,11 @@ def read_checkpoint(path) -> dict:
 
 
 def load(path, ema: bool = True, kind: str = "", heads: int = 0) -> DiT:
-    """A network in eval mode from our checkpoint or from an official DiT or SiT file, in our time and as a velocity.
+    """A network in eval mode from our checkpoint or from an official DiT, SiT or AFM file, in our time, as a velocity.
 
     ema: the averaged weights where the file has both. Official files do not tell two things: `kind`, "dit" (noise
-    prediction) or "sit" (velocity), else guessed from the file's name; and `heads`, else known from the width.
+    prediction), "sit" (velocity) or "afm" (jumps), else guessed from the file's name; and `heads`, else known from the
+    width.
     All sizes are read from the tensors. FileNotFoundError or ValueError say what is wrong with a file.
     """
     content = read_checkpoint(path)
@@ -992,7 +1048,7 @@ def load(path, ema: bool = True, kind: str = "", heads: int = 0) -> DiT:
         weights = official_weights(content, path, ema)
         config = official_config(weights, path, kind, heads)
         own_time = any("projectors." in k for part in (content, content.get("ema", {})) for k in part)
-        if config["predict"] == "v" and not own_time:  # REPA's files, known by their projectors, have our time already
+        if kind_of(path, kind) == "sit" and not own_time:  # REPA's files, known by their projectors, have our time already
             weights = reverse_time(weights)
     try:
         net = from_config(config)
@@ -1002,8 +1058,11 @@ def load(path, ema: bool = True, kind: str = "", heads: int = 0) -> DiT:
     return net.eval()
 
 
-def discriminator_weights(path) -> dict:
-    """Weights of the discriminator in a checkpoint of ours, or in an official CAFM file (whose time runs the other way)."""
+def discriminator_weights(path, turn: bool = True) -> dict:
+    """Weights of the discriminator in a checkpoint of ours, or in an official file; turn: its time runs the other way,
+
+    as in CAFM's files and not in AFM's.
+    """
     content = read_checkpoint(path)
     if "networks" in content:
         if "D" not in content["networks"]:
@@ -1011,9 +1070,9 @@ def discriminator_weights(path) -> dict:
         return content["networks"]["D"]["weights"]
     weights = {k.removeprefix("module."): v for k, v in content.items() if isinstance(v, Tensor)}
     if "dis_embed" not in weights:
-        raise ValueError(f"{path}: not a CAFM discriminator: dis_embed is missing (its first entries: "
+        raise ValueError(f"{path}: not a CAFM or AFM discriminator: dis_embed is missing (its first entries: "
                          f"{', '.join(map(str, list(content)[:4]))})")
-    return turn_time(weights) | {"gradient_square": torch.zeros(())}
+    return (turn_time(weights) if turn else weights) | {"gradient_square": torch.zeros(())}
 
 
 def load_weights(net: nn.Module, weights: dict, path) -> None:
@@ -1039,32 +1098,63 @@ def official_weights(content: dict, path, ema: bool = True) -> dict:
     weights = {k.removeprefix("module."): v for k, v in content.items() if isinstance(v, Tensor)}
     weights = {k: v for k, v in weights.items() if not k.startswith("projectors.")}
     if any("x_embedder.proj1" in k for k in weights):
-        raise ValueError(f"{path}: a JiT file; triflow reads DiT and SiT files so far")
+        raise ValueError(f"{path}: a JiT file; triflow reads DiT, SiT and AFM files so far")
     needed = ("pos_embed", "x_embedder.proj.weight", "y_embedder.embedding_table.weight", "final_layer.linear.weight")
     missing = [k for k in needed if k not in weights]
     if missing:
-        raise ValueError(f"{path}: not a DiT or SiT file: {missing[0]} is missing (its first entries: "
+        raise ValueError(f"{path}: not a DiT, SiT or AFM file: {missing[0]} is missing (its first entries: "
                          f"{', '.join(map(str, list(content)[:4]))})")
     return weights
 
 
+def kind_of(path, kind: str = "") -> str:
+    """Which official code an official file is of: dit, sit or afm (whose own names say nfe, as in xl2_2nfe_...)."""
+    name = os.path.basename(path).lower()
+    told = {kind} if kind else set(re.findall(r"(?<![a-z])(dit|sit|afm)(?![a-z])", name.replace("nfe", "-afm-")))
+    if told not in ({"dit"}, {"sit"}, {"afm"}):
+        raise ValueError(f"{path}: DiT, SiT and AFM files look alike; rename it so that its name has one of them in it, "
+                         f"such as SiT-{name}, or give model.load kind='dit', 'sit' or 'afm'")
+    return told.pop()
+
+
 def official_config(weights: dict, path, kind: str = "", heads: int = 0) -> dict:
     """The arguments of DiT that fit these tensors."""
-    name = os.path.basename(path).lower()
-    told = {kind} if kind else set(re.findall(r"(?<![a-z])(dit|sit)(?![a-z])", name))
-    if told not in ({"dit"}, {"sit"}):
-        raise ValueError(f"{path}: DiT and SiT files look alike; rename it so that its name has DiT or SiT in it, such as "
-                         f"SiT-{name}, or give model.load kind='dit' or 'sit'")
+    kind = kind_of(path, kind)
     width, channels, patch, _ = weights["x_embedder.proj.weight"].shape
     if not heads and width not in HEADS:
         raise ValueError(f"{path}: a file does not tell its number of heads, and width {width} is not one of DiT's "
                          f"({', '.join(map(str, HEADS))}); give model.load heads=")
     out_channels = len(weights["final_layer.linear.weight"]) // patch ** 2
-    return dict(input_size=math.isqrt(weights["pos_embed"].shape[1]) * patch, patch=patch, channels=channels,
-                width=width, depth=1 + max(int(k.split(".")[1]) for k in weights if k.startswith("blocks.")),
-                heads=heads or HEADS[width], mlp_ratio=len(weights["blocks.0.mlp.fc1.weight"]) / width,
-                num_classes=len(weights["y_embedder.embedding_table.weight"]) - 1, null_class=True,
-                learn_sigma=out_channels == 2 * channels, predict="eps" if told == {"dit"} else "v")
+    depth = 1 + max(int(k.split(".")[1]) for k in weights if k.startswith("blocks."))
+    config = dict(input_size=math.isqrt(weights["pos_embed"].shape[1]) * patch, patch=patch, channels=channels,
+                  width=width, depth=depth, heads=heads or HEADS[width], null_class=kind != "afm",
+                  mlp_ratio=len(weights["blocks.0.mlp.fc1.weight"]) / width,
+                  num_classes=len(weights["y_embedder.embedding_table.weight"]) - (kind != "afm"),
+                  learn_sigma=out_channels == 2 * channels, predict="eps" if kind == "dit" else "v")
+    return config | _afm_config(weights, path, depth) if kind == "afm" else config
+
+
+def _afm_config(weights: dict, path, depth: int) -> dict:
+    """One jump without a time gives the image; a file whose name says N layers repeats its blocks, else it has jumps."""
+    layers = re.search(r"(\d+)-?layer", os.path.basename(path).lower())
+    repeats = int(layers[1]) // depth if layers else 0
+    times = int("t_embedder.mlp.0.weight" in weights and not repeats)
+    return dict(times=times, repeats=repeats, time_scale=1000.0, predict="v" if times else "x")
+
+
+def tell_times(given: DiT, net: DiT) -> dict:
+    """The weights of `given`, which is told t, for a net that is told no time, or (t, t - r).
+
+    Without a time the function is the one at t = 1: the embedding of that moves into the label table. With two it is the
+    same whatever r: jump_embedder starts with net's own weights, whose output is zero.
+    """
+    weights = given.state_dict()
+    if given.times and not net.times and not net.repeats:
+        weights = {k: v for k, v in weights.items() if not k.startswith("t_embedder.")}
+        with torch.no_grad():
+            at_noise = given.t_embedder(torch.full((1,), given.time_scale))
+        weights["y_embedder.embedding_table.weight"] = weights["y_embedder.embedding_table.weight"] + at_noise
+    return {k: v for k, v in net.state_dict().items() if k.startswith("jump_embedder.")} | weights
 
 
 def reverse_time(weights: dict) -> dict:

@@ -31,9 +31,11 @@ from data import option
 
 
 def guided(net, guidance: float = 1.0, interval: tuple[float, float] = (0.0, 1.0), reference=None) -> typing.Callable:
-    """The velocity field (x (B, ...), t float, y (B,)) -> v with guidance s inside the interval, plain outside:
+    """The velocity field (x (B, ...), t float, y (B,), r float) -> v with guidance s inside the interval, plain outside:
 
         v = v_ref + s (v_net - v_ref)   for low <= t <= high
+
+    With r, a network that knows about jumps gives the average velocity of the one from t to r.
 
     Without `reference`, v_ref is the same network under the null label: classifier-free guidance (arXiv:2207.12598, in
     the form where s = 1 is no guidance) in an interval (arXiv:2404.07724). With `reference`, a smaller or less trained
@@ -46,15 +48,15 @@ def guided(net, guidance: float = 1.0, interval: tuple[float, float] = (0.0, 1.0
         raise ValueError(f"guidance {guidance} needs the null label, and this network was made without one: "
                          f"use guidance 1, or a reference network")
 
-    def velocity(x: Tensor, t: float, y: Tensor) -> Tensor:
-        times = torch.full((len(x),), t, dtype=x.dtype, device=x.device)
+    def velocity(x: Tensor, t: float, y: Tensor, r: float | None = None) -> Tensor:
+        start, end = (x.new_full((len(x),), time) for time in (t, t if r is None else r))
         if guidance == 1 or not low <= t <= high:
-            return net(x, times, y)
+            return net(x, start, y, end)
         if reference is not None:
-            v, v_ref = net(x, times, y), reference(x, times, y)
+            v, v_ref = net(x, start, y, end), reference(x, start, y, end)
         else:  # both in one call: faster than two
             null = torch.full_like(y, net.num_classes)
-            v, v_ref = net(torch.cat([x, x]), torch.cat([times, times]), torch.cat([y, null])).chunk(2)
+            v, v_ref = net(*(torch.cat(pair) for pair in ((x, x), (start, start), (y, null), (end, end)))).chunk(2)
         return v_ref + guidance * (v - v_ref)
 
     return velocity
@@ -77,9 +79,9 @@ def time_grid(steps: int, shift: float = 1.0, rho: float = 1.0) -> list[float]:
 
 
 def euler(velocity: typing.Callable, x: Tensor, y: Tensor, times: list[float], draws=None) -> Tensor:
-    """First order, one evaluation a step."""
+    """First order, one evaluation a step; with a network that knows about jumps, a chain of them (AFM, flow maps)."""
     for t, r in zip(times, times[1:]):
-        x = x + (r - t) * velocity(x, t, y)
+        x = x + (r - t) * velocity(x, t, y, r)
     return x
 
 
@@ -136,6 +138,9 @@ def sample(net, e: Tensor, y: Tensor, steps: int, solver: str = "euler", guidanc
     """
     if solver not in SOLVERS:
         raise ValueError(f"solver {solver!r}: choose one of {', '.join(SOLVERS)}")
+    if getattr(net, "times", 1) == 0 and (steps > 1 or guidance != 1):
+        raise ValueError(f"steps {steps}, guidance {guidance:g}: this network knows no time, it jumps from noise to data: use "
+                         f"--steps 1 --solver euler --guidance 1")
     state = e.to(torch.promote_types(e.dtype, torch.float32))
     return SOLVERS[solver](guided(net, guidance, interval, reference), state, y, time_grid(steps, shift, rho), draws)
 

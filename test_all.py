@@ -15,6 +15,7 @@ import math
 import os
 import pickle
 import re
+import shutil
 import signal
 import struct
 import subprocess
@@ -355,7 +356,7 @@ def test_data_every_option_is_used():
     for module in (data, model, losses, sample, fid, train):
         text = Path(module.__file__).read_text() + (Path(losses.__file__).read_text() if module is train else "")
         for field in dataclasses.fields(module.Config):
-            assert re.search(rf"\b(cfg|self\.cfg)\.{field.name}\b", text), f"{module.__name__} --{field.name}"
+            assert re.search(rf"\b(cfg|self\.cfg|now)\.{field.name}\b", text), f"{module.__name__} --{field.name}"
 
 
 def test_data_required_files_are_explained_and_checked(tmp_path):
@@ -1261,9 +1262,9 @@ def test_losses_x_prediction_is_weighted_x_regression():
     cfg, draws = train.Config(time_mean=-3.0, time_std=2.0), data.Draws(0, range(64))
     t = losses.sample_times(draws, cfg)
     assert (t < 0.05).any() and (t > 0.05).any()
-    net.raw = lambda x_t, t, y: x
+    net.raw = lambda x_t, t, y, r: x
     assert losses.fm(net, x, y, draws, cfg)[0] < 1e-9
-    net.raw = lambda x_t, t, y: x + 0.1
+    net.raw = lambda x_t, t, y, r: x + 0.1
     weight = (0.1 / t.clamp_min(0.05)).square().mean()
     assert abs(losses.fm(net, x, y, draws, cfg)[0] / weight - 1) < 1e-4
 
@@ -1706,7 +1707,7 @@ def test_sample_solver_steps_are_the_textbook_ones():
     of both ends but in its last step, Adams-Bashforth is exact but in its first."""
     times, x = [1.0, .9, .5, .2, .0], torch.zeros(1, 1).double()
     pairs = list(zip(times, times[1:]))
-    field = lambda x, t, y: torch.full_like(x, t)
+    field = lambda x, t, y, r=None: torch.full_like(x, t)
     exact = [(r * r - t * t) / 2 for t, r in pairs]
     left = [(r - t) * t for t, r in pairs]
     for solver, total in (("euler", sum(left)), ("heun", sum(exact[:-1]) + left[-1]), ("ab2", left[0] + sum(exact[1:]))):
@@ -2279,7 +2280,7 @@ def assert_same_state(a, b) -> None:
 
 
 ROLE_SETTINGS = {"fm": {}, "cafm": dict(d_steps=2, d_warmup=1), "afm": dict(ot=0.1, ot_end=0.1, beta1=0.0),
-                 "cat": dict(augment=0.5, beta1=0.0)}  # all roles soon
+                 "cat": dict(augment=0.5, beta1=0.0, lr=1e-3), "classifier": dict(augment=0.4)}  # all roles soon
 
 
 @pytest.mark.parametrize("loss, accumulation", [("fm", 1), ("fm", 2), ("cafm", 1), ("cafm", 2), ("afm", 1), ("cat", 2)])
@@ -2335,40 +2336,65 @@ def test_train_sigterm_saves_and_resumes_bitwise(tmp_path):
             assert (a - b).abs().max() < 1e-3  # float32: two processes add in another order
 
 
-TWO_PROCESSES = """
+SPLITS = {"fm": ((1, 4), (2, 1), (2, 2)), "afm": ((2, 1),)}  # afm refuses accumulation
+SEVERAL = """
 import sys, torch
-torch.set_default_dtype(torch.float64)
-torch.set_num_threads(1)
 sys.path.insert(0, {here!r})
-import train
-train.train(train.Config(out={out!r}, data={data!r}, steps=20, batch=8, accumulation={accumulation}, warmup=2, log_every=2,
-                         save_every=100, sample_every=0, score=0, sample_steps=2, device="cpu", loss={loss!r}, **{options!r}))
+import test_all
+torch.set_num_threads(1)
+for loss in {names!r}:
+    test_all.float64_run({folder!r}, loss, *{split!r})
 """
 
 
+def float64_run(folder, loss, processes, accumulation) -> None:
+    """The run NAME/PROCESSESxACCUMULATION in the folder: float64, AdamW, EMA and clipping, 12 steps."""
+    torch.set_default_dtype(torch.float64)
+    try:
+        train.train(tiny_run(Path(folder) / loss / f"{processes}x{accumulation}", data=str(Path(folder) / "glyphs.npz"),
+                             steps=12, loss=loss, accumulation=accumulation, **ROLE_SETTINGS[loss]))
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture(scope="module")
+def split_runs(tmp_path_factory):
+    """The folder of one run for every objective and split; those of two processes share one start of torchrun."""
+    folder = tmp_path_factory.mktemp("split")
+    shutil.copyfile(SMALL_SET, folder / "glyphs.npz")
+    wanted = {(loss, split) for loss in losses.LOSSES for split in ((1, 1), *SPLITS.get(loss, ((2, 2),)))}
+    for split in sorted({split for _, split in wanted}):
+        names = [loss for loss in losses.LOSSES if (loss, split) in wanted]
+        if split[0] == 1:
+            for loss in names:
+                float64_run(folder, loss, *split)
+        else:
+            script = folder / "run.py"
+            script.write_text(SEVERAL.format(here=str(HERE), names=names, folder=str(folder), split=split))
+            torchrun(split[0], script)
+    return folder
+
+
 @pytest.mark.parametrize("loss", list(losses.LOSSES))
-def test_train_two_processes_equal_one(tmp_path, loss):
-    """After 20 steps in float64 with AdamW, EMA and clipping, two gloo processes have the weights of one process to 1e-9,
+def test_train_two_processes_equal_one(split_runs, loss):
+    """After 12 steps in float64 with AdamW, EMA and clipping, two gloo processes have the weights of one process to 1e-9,
     with and without accumulation, and log the same loss; accumulation alone changes nothing either."""
-    runs = {}
-    splits = {"fm": ((1, 1), (1, 4), (2, 1), (2, 2)), "afm": ((1, 1), (2, 1))}  # afm refuses accumulation
-    for processes, accumulation in splits.get(loss, ((1, 1), (2, 2))):
-        out = tmp_path / f"{processes}x{accumulation}"
-        script = tmp_path / f"{out.name}.py"
-        script.write_text(TWO_PROCESSES.format(here=str(HERE), out=str(out), data=str(SMALL_SET),
-                                               accumulation=accumulation, loss=loss, options=ROLE_SETTINGS[loss]))
-        torchrun(processes, script)
-        runs[out.name] = checkpoint(out), json.loads((out / "log.jsonl").read_text().splitlines()[-1])
-    one, log = runs.pop("1x1")
-    for name, (other, other_log) in runs.items():
+    last = lambda out: json.loads((out / "log.jsonl").read_text().splitlines()[-1])  # noqa: E731
+    whole = split_runs / loss / "1x1"
+    one, log = checkpoint(whole), last(whole)
+    for split in SPLITS.get(loss, ((2, 2),)):
+        out = split_runs / loss / "{}x{}".format(*split)
+        other, other_log = checkpoint(out), last(out)
         parts = [lambda c: c["ema"]] + [lambda c, role=role: c["networks"][role]["weights"] for role in one["networks"]]
         for part in parts:
             error = max((a - b).abs().max().item() for a, b in zip(part(one).values(), part(other).values()))
-            assert error < 1e-9, (name, error)
-        assert abs(log["loss"] - other_log["loss"]) < 1e-6 and abs(log["grad_norm"] - other_log["grad_norm"]) < 1e-5, name
-    first = torch.load(tmp_path / "1x1/last.pt", weights_only=True)["networks"]["G"]["weights"]
-    learned = "final_layer.linear.weight" if loss != "cat" else "final_layer.2.adaLN_modulation.1.bias"  # 0 at the start
-    assert first[learned].abs().max() > 1e-3  # something was learned, so equality says something
+            assert error < 1e-9, (split, error)
+        assert abs(log["loss"] - other_log["loss"]) < 1e-6 and abs(log["grad_norm"] - other_log["grad_norm"]) < 1e-5, split
+    start, weights = tiny_run("", loss=loss, **ROLE_SETTINGS[loss]), one["networks"]["G"]["weights"]
+    torch.set_default_dtype(torch.float64)
+    fresh = train.build(start, data.dataset(str(SMALL_SET), 32), torch.device("cpu")).state_dict()
+    torch.set_default_dtype(torch.float32)
+    assert (weights["blocks.0.attn.qkv.weight"] - fresh["blocks.0.attn.qkv.weight"]).abs().max() > 1e-4  # it learned
 
 
 @pytest.mark.parametrize("loss", ["cafm", "afm", "cat"])
@@ -2430,7 +2456,8 @@ def test_train_discriminator_starts_from_the_generator(tmp_path, capsys):
     raises(lambda: run(d_init=str(tmp_path / "absent.pt")), "absent.pt")
     raises(lambda: run(d_steps=0), "--d_steps 0")
     raises(lambda: run(route="finite", interval=0.0), "--interval 0")
-    raises(lambda: train.train(tiny_run(tmp_path / "no", loss="afm", nfe=0)), "--nfe 0")
+    raises(lambda: train.train(tiny_run(tmp_path / "no", loss="afm", nfe=-1)), "--nfe -1")
+    raises(lambda: train.train(tiny_run(tmp_path / "no", loss="afm", nfe=2, repeats=2)), "--nfe 2 --repeats 2", "one jump")
     raises(lambda: train.train(tiny_run(tmp_path / "no", loss="afm", accumulation=2)), "--accumulation 1")
     raises(lambda: train.train(tiny_run(tmp_path / "cafm", loss="fm", resume=True)), "--loss cafm", "--init")
 
@@ -2439,11 +2466,12 @@ def test_train_says_when_the_discriminator_wins(tmp_path, capsys):
     """A mean loss of D below the method's alarm is told once."""
     log = train.Log(tmp_path / "log.jsonl", 0, alarm=0.2)
     for step, value in ((0, 1.9), (1, 0.1), (2, 0.05)):
-        log.note(step, "D", {"loss": torch.tensor(value)})
-        log.note(step, "G", {"loss": torch.tensor(0.01)})
-        log.flush(train.Config(), 0.1)
+        log.note(step, "D", {"loss": torch.tensor(value)}, 0.1)
+        log.note(step, "G", {"loss": torch.tensor(0.01)}, 0.2)
+        log.flush(train.Config())
     told = capsys.readouterr().err
     assert told.count("the discriminator wins") == 1 and "step 2" in told and "0.100" in told and "--d_lr" in told
+    assert [(row["role"], row["lr"]) for row in train.read_log(tmp_path / "log.jsonl")] == [("D", 0.1), ("G", 0.2)] * 3
     assert losses.LOSSES["cafm"].alarm > 0 and losses.LOSSES["afm"].alarm > 0
 
 

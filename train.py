@@ -16,10 +16,12 @@ import argparse
 import contextlib
 import copy
 import dataclasses
+import functools
 import io
 import json
 import math
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -42,7 +44,7 @@ import sample
 from data import option
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class Config:
     loss: str = option("fm", "the training objective", tuple(losses.LOSSES))
     model: str = option("glyph-S", "a network of the zoo: python model.py lists them")
@@ -64,6 +66,9 @@ class Config:
     weight_decay: float = option(0.0, "AdamW's weight decay")
     clip: float = option(1.0, "largest gradient norm; 0 does not clip")
     ema: float = option(0.999, "decay of the averaged weights, smaller in the first steps")
+    ema_reload: int = option(0, "steps between copies of the averaged weights into the generator; 0: never")
+    schedule: str = option("", "settings that change on the way, such as '4000: lr=1e-4 ot=0.001 ot_end=0.001; 6000: "
+                           "ema_reload=500 d_reload=5000' (d_reload: D becomes what it was at a step kept by --keep_every)")
     time: str = option("logit_normal", "distribution of the training time", ("uniform", "logit_normal"))
     time_mean: float = option(0.8, "logit-normal: mean of logit(t); larger trains more on noise (0.8, 0.8: JiT)")
     time_std: float = option(0.8, "logit-normal: standard deviation of logit(t)")
@@ -73,7 +78,10 @@ class Config:
     route: str = option("reverse", "cafm: derivatives of D by one input gradient, by forward mode (the official code), or "
                         "by finite differences over --interval", ("reverse", "forward", "finite"))
     interval: float = option(0.05, "cafm --route finite: length in time")
-    nfe: int = option(1, "afm: jumps from noise to data")
+    nfe: int = option(1, "afm: jumps from noise to data; 0: any number, one network for all times")
+    repeats: int = option(0, "afm --nfe 1: a deep generator, its blocks run this often; 0: an ordinary one")
+    cg: float = option(0.003, "afm: weight of the guidance by --classifier")
+    cg_time: float = option(0.1, "afm --nfe 1: samples are noised up to this time for the classifier")
     cp: float = option(0.001, "cafm, afm: weight of the penalty that centres D's values")
     gp: float = option(0.25, "afm, cat: weight of the gradient penalties R1 and R2")
     ot: float = option(0.0, "cafm, afm: weight of the transport cost at the first step")
@@ -82,18 +90,21 @@ class Config:
     cons: float = option(0.1, "cat: weight of the distance of the stages to the last one")
     cons_detach: bool = option(False, "cat: the last stage is a constant in it")
     cons_space: str = option("full", "cat: compare stages at full resolution, or at each one's own", ("full", "own"))
-    augment: float = option(0.0, "cat: probability of each of the augmentations that D sees images through")
+    augment: float = option(0.0, "afm, cat, classifier: probability of each augmentation that D or the classifier sees "
+                            "images through")
     seed: int = option(0, "everything random follows from it")
     device: str = option("auto", "where to run", ("auto", "cpu", "cuda", "mps"))
     amp: str = option("auto", "bfloat16 autocast around the network; auto: on CUDA", ("auto", "bf16", "off"))
     compile: bool = option(False, "torch.compile the network")
     out: str = option("runs/glyphs", "the run folder")
     init: str = option("", "start from the weights of this checkpoint or run folder (cafm, afm: D too, but its head)")
-    d_init: str = option("", "start the discriminator from that of this run, or from an official CAFM file")
+    d_init: str = option("", "start the discriminator from that of this run, or from an official CAFM or AFM file")
+    classifier: str = option("", "afm: a run of --loss classifier that guides the generator")
     resume: bool = option(False, "go on with the run in --out")
     log_every: int = option(100, "steps between lines of log.jsonl")
     sample_every: int = option(1000, "steps between sample grids; 0: only at the end")
     save_every: int = option(1000, "steps between checkpoints")
+    keep_every: int = option(0, "steps between checkpoints that stay, step_0002000.pt and so on; 0: last.pt alone")
     score: int = option(1000, "samples scored at the end (glyphs only); 0: none")
     sample_steps: int = option(25, "solver steps of grids and scores")
     solver: str = option("ab2", "solver of grids and scores", tuple(sample.SOLVERS))
@@ -119,7 +130,8 @@ class Loss(nn.Module):
 
     def forward(self, images: Tensor, labels: Tensor, positions: list[int]) -> tuple[Tensor, dict]:
         draws = data.Draws(self.cfg.seed, positions, images.device)
-        return self.objective(self.net, data.to_float(images), labels, draws, self.cfg, *self.others)
+        now = scheduled(self.cfg, positions[0] // self.cfg.batch)
+        return self.objective(self.net, data.to_float(images), labels, draws, now, *self.others)
 
 
 def micro_batch(cfg: Config) -> int:
@@ -140,34 +152,76 @@ def positions_from(step: int, cfg: Config):
             yield list(range(start, start + size))
 
 
+SCHEDULED = ("lr", "d_lr", "ema", "ot", "ot_end", "gp", "cp", "cg", "cons", "augment", "ema_reload")
+
+
+@functools.cache
+def schedule_entries(text: str) -> dict[int, dict]:
+    """--schedule as {step: {setting: value}}, in the order of the steps."""
+    entries = {}
+    for entry in filter(str.strip, text.split(";")):
+        step, _, settings = entry.partition(":")
+        try:
+            pairs = dict(pair.split("=") for pair in settings.replace(",", " ").split())
+            entries[int(step)] = {k: (int if k in ("ema_reload", "d_reload") else float)(v) for k, v in pairs.items()}
+        except ValueError:
+            raise ValueError(f"--schedule: cannot read {entry.strip()!r}; expected STEP: NAME=VALUE NAME=VALUE") from None
+        if unknown := [k for k in pairs if k not in (*SCHEDULED, "d_reload")]:
+            raise ValueError(f"--schedule: {unknown[0]} is not one of {', '.join(SCHEDULED)}, d_reload")
+    return dict(sorted(entries.items()))
+
+
+@functools.lru_cache(maxsize=2)
+def scheduled(cfg: Config, step: int) -> Config:
+    """The settings at this step: those of the run, and of every entry of its schedule up to here."""
+    entries = schedule_entries(cfg.schedule)
+    changes = {k: v for start in entries if start <= step for k, v in entries[start].items() if k in SCHEDULED}
+    return dataclasses.replace(cfg, **changes) if changes else cfg
+
+
+def check_schedule(cfg: Config, kept: Path) -> None:
+    for step, settings in schedule_entries(cfg.schedule).items():
+        back = settings.get("d_reload", 0)
+        if back and not losses.LOSSES[cfg.loss].D:
+            raise ValueError(f"--schedule d_reload={back}: --loss {cfg.loss} has no discriminator")
+        if back and not (kept / f"step_{back:07d}.pt").exists() and (back >= step or not cfg.keep_every or back % cfg.keep_every):
+            raise ValueError(f"--schedule d_reload={back}: step {back} is not kept before step {step}; use a step that "
+                             f"--keep_every ({cfg.keep_every}) keeps")
+
+
 def check(cfg: Config) -> None:
     """ValueError for settings that cannot work, before anything is written."""
     micro_batch(cfg)
+    check_schedule(cfg, Path(cfg.out))
     for name in ("steps", "log_every", "save_every", "sample_steps"):
         if getattr(cfg, name) < 1:
             raise ValueError(f"--{name} {getattr(cfg, name)}: expected at least 1")
-    if cfg.loss == "afm" and cfg.nfe < 1:
-        raise ValueError(f"--nfe {cfg.nfe}: expected at least 1 jump")
+    if cfg.loss == "afm" and (cfg.nfe < 0 or cfg.repeats < 0 or cfg.repeats and cfg.nfe != 1):
+        raise ValueError(f"--nfe {cfg.nfe} --repeats {cfg.repeats}: expected a number of jumps, or 0 for any; --repeats is "
+                         f"for a deep generator of one jump")
+    if not 0 <= cfg.augment <= 1:
+        raise ValueError(f"--augment {cfg.augment}: expected a probability")
     if cfg.loss == "afm" and cfg.accumulation > 1:
         raise ValueError(f"--accumulation {cfg.accumulation}: afm normalises the gradient of its whole batch, so use "
                          f"--accumulation 1 and a smaller --batch or more processes")
     if cfg.loss == "cafm" and (cfg.d_steps < 1 or not 0 < cfg.interval <= 1):
         raise ValueError(f"--d_steps {cfg.d_steps} --interval {cfg.interval}: expected at least 1, and in (0, 1]")
-    if cfg.loss == "cat" and (cfg.stages < 2 or not 0 <= cfg.augment <= 1):
-        raise ValueError(f"--stages {cfg.stages} --augment {cfg.augment}: expected at least 2, and in [0, 1]")
+    if cfg.loss == "cat" and cfg.stages < 2:
+        raise ValueError(f"--stages {cfg.stages}: expected at least 2")
     if cfg.data in ("glyphs:1", "glyphs:2", "glyphs:3"):
         raise ValueError(f"--data {cfg.data}: these images are held out to score with; train on glyphs, or glyphs:4 and on")
 
 
 def scored(cfg: Config) -> bool:
     """Whether samples of this run are scored: FD-glyphs needs glyphs."""
-    return cfg.score > 0 and cfg.data.split(":")[0] == "glyphs"
+    return cfg.score > 0 and cfg.data.split(":")[0] == "glyphs" and losses.LOSSES[cfg.loss].draws_images
 
 
 def learning_rate(step: int, cfg: Config, role: str = "G") -> float:
-    """Linear warm-up, then constant or linear decay to 0 at the last step."""
+    """Linear warm-up, then constant or linear decay to 0 at the last step; a deep generator's is divided by its repeats."""
     warm = min(1.0, (step + 1) / max(1, cfg.warmup))
-    return (role == "D" and cfg.d_lr or cfg.lr) * warm * (1 - step / cfg.steps if cfg.decay == "linear" else 1.0)
+    rate = cfg.d_lr or cfg.lr if role == "D" else cfg.lr / max(1, cfg.repeats)
+    return rate * warm * (1 - step / cfg.steps if cfg.decay == "linear" else 1.0)
 
 
 @torch.no_grad()
@@ -236,7 +290,7 @@ def resume(path: Path, cfg: Config, nets: dict, opts: dict, ema: nn.Module) -> t
     for name, old in content["config"].items():
         new = getattr(cfg, name, None)
         if new != old and name not in ("resume", "out"):
-            if name in ("loss", "model", "predict", "data", "size", "nfe", "stages"):
+            if name in ("loss", "model", "predict", "data", "size", "nfe", "repeats", "stages"):
                 raise ValueError(f"{path}: was trained with --{name} {old}, not {new}: resume with --{name} {old}, or "
                                  f"start a new run from its weights with --init {path} --out FOLDER")
             fid.note(f"resuming with --{name} {new} (was {old})")
@@ -268,15 +322,16 @@ class Log:
     """
 
     def __init__(self, path: Path, start: int, alarm: float = 0.0):
-        self.path, self.pending, self.since, self.alarm = path, [], time.perf_counter(), alarm
+        self.path, self.pending, self.rates, self.since, self.alarm = path, [], {}, time.perf_counter(), alarm
         if data.rank() == 0:  # a resumed run writes the lines after its checkpoint anew
             kept = [row for row in read_log(path) if row["step"] <= start]
             path.write_text("".join(json.dumps(row) + "\n" for row in kept))
 
-    def note(self, step: int, role: str, values: dict) -> None:
+    def note(self, step: int, role: str, values: dict, lr: float) -> None:
         self.pending.append((step, role, list(values), torch.stack([v.detach().float() for v in values.values()])))
+        self.rates[role] = lr
 
-    def flush(self, cfg: Config, lr: float) -> dict:
+    def flush(self, cfg: Config) -> dict:
         """Write one line for each role; returns the last line. FloatingPointError for a non-finite number."""
         if not self.pending:
             return {}
@@ -290,7 +345,7 @@ class Log:
             columns.setdefault(role, (names, []))[1].append(values)
         seconds, self.since = time.perf_counter() - self.since, time.perf_counter()
         rate = round(len(self.pending) * cfg.batch / seconds, 1)
-        lines = [{"step": step + 1, "role": role, **dict(zip(names, torch.stack(rows).mean(0).tolist())), "lr": lr,
+        lines = [{"step": step + 1, "role": role, **dict(zip(names, torch.stack(rows).mean(0).tolist())), "lr": self.rates[role],
                   "images_per_second": rate} for role, (names, rows) in columns.items()]
         if data.rank() == 0:
             with open(self.path, "a") as file:
@@ -347,6 +402,8 @@ def sampling(cfg: Config, guidance: float) -> dict:
 
 def write_grid(ema: nn.Module, cfg: Config, path: Path, rows: int = 4) -> None:
     """A guided sample grid, one column for each of up to ten classes (ten columns of one), always from the same noise."""
+    if not losses.LOSSES[cfg.loss].draws_images:
+        return
     shown = min(10, ema.num_classes)
     columns = shown if shown > 1 else 10
     labels = sample.labels_for(rows * columns, ema.num_classes, list(range(shown)))
@@ -383,8 +440,8 @@ def build(cfg: Config, source, device: torch.device) -> model.DiT:
     options |= dict(predict=cfg.predict) if cfg.predict else {}
     path = sample.find_checkpoint(cfg.out if cfg.resume else cfg.init) if cfg.resume or cfg.init else None
     given = model.load(path) if path else None
-    if given:  # official files have it, and ours do not: a matter of the file that a run starts from
-        options |= dict(learn_sigma=given.config["learn_sigma"])
+    if given:  # a matter of the file that a run starts from: official ones differ in these
+        options |= {k: given.config.get(k, v) for k, v in dict(learn_sigma=False, null_class=True, time_scale=1.0).items()}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(data.fold(cfg.seed, "weights"))
         net = model.create(cfg.model, **options)
@@ -392,7 +449,7 @@ def build(cfg: Config, source, device: torch.device) -> model.DiT:
         if given.predict != net.predict:
             raise ValueError(f"--init {path}: predicts {given.predict}, this run {net.predict}: give --predict {given.predict}"
                              f", or a --model that predicts it")
-        weights, table = given.state_dict(), "y_embedder.embedding_table.weight"
+        weights, table = model.tell_times(given, net), "y_embedder.embedding_table.weight"
         if given.num_classes != net.num_classes:
             fid.note(f"--init: {path} knows {given.num_classes} classes, the data has {net.num_classes}: "
                      f"the label embedding starts afresh")
@@ -408,17 +465,31 @@ def build_discriminator(cfg: Config, net: model.DiT) -> nn.Module:
     objective = losses.LOSSES[cfg.loss]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(data.fold(cfg.seed, "weights of D"))
-        D = objective.kind(**net.config | objective.discriminator)
+        D = objective.kind(**net.config | objective.discriminator(dataclasses.asdict(cfg)))
     if cfg.d_init and not cfg.resume:
-        model.load_weights(D, model.discriminator_weights(sample.find_checkpoint(cfg.d_init)), cfg.d_init)
+        given = model.discriminator_weights(sample.find_checkpoint(cfg.d_init), turn=cfg.loss == "cafm")
+        model.load_weights(D, given, cfg.d_init)
     elif cfg.init and not cfg.resume and objective.kind is model.Discriminator:
-        trunk = {k: v for k, v in net.state_dict().items() if not k.startswith("final_layer.")}
-        model.load_weights(D, D.state_dict() | trunk, cfg.init)
+        own = D.state_dict()
+        trunk = {k: v for k, v in net.state_dict().items() if k in own and not k.startswith("final_layer.")}
+        model.load_weights(D, own | trunk, cfg.init)
     if cfg.loss == "cafm" and not (cfg.init or cfg.resume):
         fid.note("cafm without --init trains from scratch, which is slower than post-training a flow: give --init "
                  "RUN_OR_CHECKPOINT to start from one")
     D.amp = net.amp
     return D.to(net.pos_embed.device)
+
+
+def load_classifier(cfg: Config, net: model.DiT) -> list[nn.Module]:
+    """The classifier that guides afm's generator, with its averaged weights, frozen: [] where there is none."""
+    if not cfg.classifier:
+        return []
+    C = model.load(sample.find_checkpoint(cfg.classifier))
+    if cfg.loss != "afm" or not isinstance(C, model.Classifier) or (C.shape, C.num_classes) != (net.shape, net.num_classes):
+        raise ValueError(f"--classifier {cfg.classifier}: guides --loss afm, and must be a run of --loss classifier on the "
+                         f"same data; it is a {type(C).__name__} of {C.num_classes} classes and {C.shape}")
+    C.amp = net.amp
+    return [C.requires_grad_(False).to(net.pos_embed.device)]
 
 
 def train(cfg: Config) -> dict:
@@ -447,8 +518,10 @@ def train(cfg: Config) -> dict:
     start, before = resume(out / "last.pt", cfg, nets, opts, ema) if cfg.resume else (0, 0.0)
     if scored(cfg):
         fid.glyph_net()  # trained now rather than after the run, should anything be wrong with its place
+    guides = {"G": load_classifier(cfg, nets["G"])}
     turns = {role: Loss(getattr(objective, role), torch.compile(net) if cfg.compile else net, cfg,
-                        *(other for name, other in nets.items() if name != role)) for role, net in nets.items()}
+                        *(other for name, other in nets.items() if name != role), *guides.get(role, []))
+             for role, net in nets.items()}
     if dist.is_initialized():
         turns = {role: DistributedDataParallel(turn) for role, turn in turns.items()}
     if data.rank() == 0:
@@ -463,9 +536,11 @@ def train(cfg: Config) -> dict:
     with StopSignal() as stop, \
          tqdm(total=cfg.steps, initial=start, desc="training", disable=data.rank() > 0) as bar:
         for step in range(start, cfg.steps):
-            role = objective.turn(step, cfg)
+            now, role = scheduled(cfg, step), objective.turn(step, cfg)
             opt, turn = opts[role], turns[role]
-            opt.param_groups[0]["lr"] = learning_rate(step, cfg, role)
+            opt.param_groups[0]["lr"] = learning_rate(step, now, role)
+            if back := schedule_entries(cfg.schedule).get(step, {}).get("d_reload"):
+                nets["D"].load_state_dict(model.discriminator_weights(out / f"step_{back:07d}.pt"))
             for name, parameters in trained.items():  # the other network stands still: no gradient for its weights
                 for p in parameters:
                     p.requires_grad_(name == role)
@@ -483,22 +558,28 @@ def train(cfg: Config) -> dict:
             norm = nn.utils.clip_grad_norm_(trained[role], cfg.clip or math.inf)
             opt.step()
             opt.zero_grad()
+            done = step + 1
             if role == "G":
-                update_ema(ema, nets["G"], step, cfg.ema)
+                update_ema(ema, nets["G"], step, now.ema)
+            if now.ema_reload and done % now.ema_reload == 0:
+                nets["G"].load_state_dict(ema.state_dict())
 
             # Records. All processes leave together: the one that was asked to stop takes the others along.
-            log.note(step, role, {**values, "grad_norm": norm})
-            done, stopped = step + 1, stop.on_any_process()
+            log.note(step, role, {**values, "grad_norm": norm}, opt.param_groups[0]["lr"])
+            stopped = stop.on_any_process()
             last = stopped or done == cfg.steps
-            save = last or done % cfg.save_every == 0
+            keep = cfg.keep_every and done % cfg.keep_every == 0
+            save = last or keep or done % cfg.save_every == 0
             show = cfg.sample_every and done % cfg.sample_every == 0
             if done % cfg.log_every == 0 or save or show:
-                line = log.flush(cfg, opt.param_groups[0]["lr"]) or line
+                line = log.flush(cfg) or line
                 bar.set_postfix(loss=f"{line['loss']:.4f}", img_s=f"{line['images_per_second']:.0f}", refresh=False)
             bar.update()
             if save and data.rank() == 0:
                 save_checkpoint(out / "last.pt", done, time.perf_counter() - began, cfg, nets, opts, ema)
                 draw_loss(out / "log.jsonl", out / "loss.png")
+                if keep:
+                    shutil.copyfile(out / "last.pt", out / f"step_{done:07d}.pt")
             if show and not stopped:
                 write_grid(ema, cfg, out / "samples" / f"{done:07d}.png")
                 log.since = time.perf_counter()
@@ -522,7 +603,8 @@ def finish(ema: nn.Module, cfg: Config, out: Path, seconds: float) -> dict:
         for name, s in result.get("scores", {}).items():
             print(f"{name:>9}: FD-glyphs {s['fd_glyphs']:.3f} (floor {s['floor']:.3f}), accuracy {s['accuracy']:.3f}; "
                   f"{s['n']:,} samples against as many held-out images; {s['protocol']}")
-        print(f"samples: {out / 'samples' / 'final.png'}   loss: {out / 'loss.png'}   scores: {out / 'final.json'}")
+        shown = f"samples: {out / 'samples' / 'final.png'}   " if losses.LOSSES[cfg.loss].draws_images else ""
+        print(f"{shown}loss: {out / 'loss.png'}   scores: {out / 'final.json'}")
     return result
 
 
