@@ -247,6 +247,8 @@ def main(argv: list[str] | None = None) -> None:
                              f"leave --{name} out (it is {value})")
     device = data.start_processes(cfg.device)
     net = model.load(find_checkpoint(cfg.checkpoint), ema=cfg.ema).to(device).eval()
+    if isinstance(net, model.Classifier):
+        raise ValueError(f"{cfg.checkpoint}: a classifier, which makes no images; give it to train.py --loss afm --classifier")
     reference = model.load(find_checkpoint(cfg.reference), ema=cfg.ema).to(device).eval() if cfg.reference else None
     try:
         classes = [int(k) for k in cfg.classes.split(",")] if cfg.classes else None

@@ -1126,6 +1126,87 @@ def test_model_cat_loads_and_refuses(tmp_path):
     raises(lambda: tiny(cls=model.ScaleDiscriminator, stages=4), "8 pixels, halved 3 times", "fewer stages")
 
 
+@torch.no_grad()
+def test_model_times():
+    """A network is told no time, t, or (t, t - r), and nothing else; without r it gives the velocity at t. A flow's
+    weights become one of the others without a change of the function: at t = 1, and for every r."""
+    x, y, (t, s, r) = torch.randn(3, 3, 8, 8), torch.tensor([0, 5, 10]), torch.rand(3, 3)
+    none, one, both = (tiny(times=times) for times in (0, 1, 2))
+    assert torch.equal(none.raw(x, t, y, r), none.raw(x, s, y, t)) and "t_embedder.mlp.0.weight" not in none.state_dict()
+    assert torch.equal(one(x, t, y, r), one(x, t, y)) and not torch.equal(one(x, t, y), one(x, s, y))
+    assert not torch.allclose(both(x, t, y, r), both(x, t, y, s)) and torch.equal(both(x, t, y), both(x, t, y, t))
+    c = both.y_embedder(y) + both.t_embedder(t) + both.jump_embedder(t - r)
+    assert torch.allclose(both.condition(t, y, r), c, atol=1e-6)
+    ones = torch.ones(3)
+    none.load_state_dict(model.tell_times(one, none))
+    assert torch.allclose(none(x, ones, y), one(x, ones, y), atol=1e-5)
+    fresh = model.DiT(**both.config)
+    fresh.load_state_dict(model.tell_times(one, fresh))
+    assert torch.equal(fresh(x, t, y, r), one(x, t, y))
+    assert fresh.jump_embedder.mlp[0].weight.abs().max() > 0  # else it would never learn
+    raises(lambda: tiny(times=3), "times 3")
+    raises(lambda: tiny(times=1, repeats=2), "repeats 2")
+
+
+@torch.no_grad()
+def test_model_deep_generator():
+    """R passes through one stack: the k-th is told the time 1 - k / R, the last layer no time; R = 1 is the plain network
+    at time 1 but for that. R adds no weights."""
+    x, y, t = torch.randn(2, 3, 8, 8), torch.tensor([0, 5]), torch.rand(2)
+    plain, deep = tiny(), {R: tiny(times=0, repeats=R) for R in (1, 2, 3)}
+    for R, net in deep.items():
+        net.load_state_dict(plain.state_dict())  # the same names
+        c, tokens = plain.y_embedder(y), plain.x_embedder(x) + plain.pos_embed
+        for k in range(R):
+            for block in plain.blocks:
+                tokens = block(tokens, c + plain.t_embedder(torch.full((2,), 1 - k / R)))
+        assert torch.allclose(net.raw(x, t, y), plain.unpatchify(plain.final_layer(tokens, c)), atol=1e-5), R
+    one = deep[1]
+    one.final_layer.adaLN_modulation[1].weight.zero_()
+    plain.final_layer.adaLN_modulation[1].weight.zero_()  # a last layer that sees no condition
+    assert torch.allclose(one.raw(x, t, y), plain.raw(x, torch.ones(2), y), atol=1e-5)
+
+
+def test_model_classifier():
+    """Fresh, it knows nothing and can learn; it looks at the image and at t; names are the official ones."""
+    torch.manual_seed(0)
+    fresh = model.create("glyph-S", classifier=True)
+    x, t, y = torch.randn(4, 3, 32, 32), torch.rand(4), torch.arange(4)
+    logits = fresh(x, t)
+    assert logits.shape == (4, 10) and (logits - logits[:1]).abs().max() < 1e-6
+    nn.functional.cross_entropy(logits, y).backward()
+    assert fresh.blocks[0].adaLN_modulation[1].weight.grad.norm() > 1e-3
+    names = set(fresh.state_dict()) - set(model.create("glyph-S").state_dict())
+    assert names == {"cls_embed", "final_layer.1.weight", "final_layer.1.bias"} and not hasattr(fresh, "y_embedder")
+    net, x = tiny(cls=model.Classifier), x[:, :, :8, :8]
+    assert not torch.allclose(net(x, t), net(x, 1 - t)) and not torch.allclose(net(x, t), net(x + 1, t))
+    assert isinstance(model.from_config(net.config), model.Classifier)
+
+
+@torch.no_grad()
+def test_model_loads_official_afm_files(tmp_path):
+    """AFM's layout: no null class, no time for one jump (which gives the image), times a thousand for K of them, a file
+    of 4 layers with 2 blocks repeats them; its time is ours."""
+    x, y, t = torch.randn(2, 3, 8, 8), torch.tensor([0, 9]), torch.tensor([.5, 1.])
+    for name, options in (("tiny_1nfe_FID2.pth", dict(times=0, predict="x")), ("tiny_2nfe.pth", dict(times=1)),
+                          ("tiny_4layer_1nfe.pth", dict(times=0, repeats=2, predict="x"))):
+        net = tiny(null_class=False, time_scale=1000.0, **options)
+        torch.save(net.state_dict(), tmp_path / name)
+        loaded = model.load(tmp_path / name, heads=2)
+        assert loaded.config == net.config and torch.equal(loaded(x, t, y), net(x, t, y)), name
+    two = model.load(tmp_path / "tiny_2nfe.pth", heads=2)
+    assert torch.equal(two.condition(t, y), two.y_embedder(y) + two.t_embedder(1000 * t))
+    one = model.load(tmp_path / "tiny_1nfe_FID2.pth", heads=2)
+    assert (losses.jump(one, x, torch.ones(2), torch.zeros(2), y) - one.raw(x, t, y)).abs().max() < 1e-5
+    raises(lambda: sample.sample(one, x, y, 4), "steps 4", "--steps 1")
+    assert "AFM" in error_of(model.kind_of, "tiny.pt") and model.kind_of("any.pt", "afm") == "afm"
+    D = tiny(cls=model.Discriminator, times=0, norm="layer", null_class=False)
+    torch.save({k: v for k, v in D.state_dict().items() if k != "gradient_square"}, tmp_path / "d.pth")
+    again = model.Discriminator(**D.config)
+    again.load_state_dict(model.discriminator_weights(tmp_path / "d.pth", turn=False))
+    assert torch.equal(again(x, t, y), D(x, t, y))
+
+
 def test_model_load_round_trips(tmp_path):
     """Official layouts (plain, ema, module prefix, an argparse.Namespace beside, projectors) and our own checkpoints load,
     with every size read from the tensors."""
@@ -1392,9 +1473,9 @@ class FeatureD(nn.Module):
         return torch.stack([x, x ** 2, (2 * x).sin(), (3 * x).cos() * (t + 1), x * (t + 1)]).mul(self.weight[:, None]).sum(0)
 
 
-def gradient_in_standard_errors(loss, batches=40) -> float:
+def gradient_in_standard_errors(loss, batches=40, D=FeatureD) -> float:
     """max over the weights of |mean gradient| / its standard error; loss(k, D) is that of batch k."""
-    D, gradients = FeatureD(), []
+    D, gradients = D(), []
     for k in range(batches):
         gradients.append(torch.autograd.grad(loss(k, D), D.weight)[0])
     gradients = torch.stack(gradients)
@@ -1415,8 +1496,43 @@ def test_losses_cafm_D_cannot_tell_the_exact_velocity():
         assert errors(wrong) > 8
 
 
+class PlaneD(nn.Module):
+    """As FeatureD, for points of the plane."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(5, dtype=torch.float64))
+
+    def forward(self, x, t, y=None):
+        a, b = x.double().T
+        return torch.stack([a, a * b, a ** 2, (a + 2 * b).sin() * (t + 1), a ** 2 - b ** 2]).mul(self.weight[:, None]).sum(0)
+
+
+def test_losses_cafm_D_sees_marginals_only():
+    """Noise and data N(0, s^2 I): a rotation added to the exact velocity moves no density, and D cannot leave 0 for it.
+    Where the density is not round, the same rotation is seen; so is a stretch."""
+    turn = torch.tensor([[0., 1.], [-1., 0.]]).double()
+
+    def errors(stds, extra):
+        def velocity(x_t, t, y, r=None):  # of each coordinate alone: the slope of `Mixture.velocity` at mean 0
+            t = t[:, None].double()
+            variance = ((1 - t) * stds) ** 2 + t ** 2
+            return (t - (1 - t) * stds ** 2) / variance * x_t + x_t @ extra
+
+        velocity.predict, velocity.null_class = "v", False
+
+        def loss(k, D):
+            x = stds * torch.randn(2000, 2, generator=data.generator("plane", k)).double()
+            return losses.cafm_D(D, x, None, losses.BatchDraws(2, k, 2000), losses.Config(), velocity)[0]
+        return gradient_in_standard_errors(loss, D=PlaneD)
+
+    round_, long = torch.tensor([.5, .5]).double(), torch.tensor([2., .5]).double()
+    assert errors(round_, 0 * turn) < 4 and errors(long, 0 * turn) < 4 and errors(round_, turn) < 4
+    assert errors(long, turn) > 8 and errors(round_, 0.3 * torch.eye(2).double()) > 8
+
+
 class ExactJump(nn.Module):
-    """The exact flow map of TWO_MODES as an average velocity: jumps of 1 / nfe, times `factor`."""
+    """The exact flow map of TWO_MODES as an average velocity: jumps of 1 / nfe, times `factor`; of any length for 0."""
     predict, t_min, num_classes, null_class = "v", 0.0, 1, False
 
     def __init__(self, nfe, factor=1.0):
@@ -1425,19 +1541,20 @@ class ExactJump(nn.Module):
 
     def forward(self, x_s, s, y, r=None):
         s = s.double()
-        r = s - 1 / self.nfe
-        return self.factor * (x_s - TWO_MODES.flow(x_s, s, r.clamp_min(0))) * self.nfe
+        r = (s - 1 / self.nfe).clamp_min(0) if self.nfe else r.double()
+        return self.factor * (x_s - TWO_MODES.flow(x_s, s, r)) / (s - r)[:, None]
 
 
 def test_losses_afm_D_cannot_tell_the_exact_map():
-    """At D = 0 the mean gradient of D's loss is 0 where jumps are exact, in 1 or 3 steps, and is not for other jumps."""
+    """At D = 0 the mean gradient of D's loss is 0 where jumps are exact, in 1 or 3 steps or between any two times, and is
+    not for other jumps."""
     def errors(nfe, factor):
         def loss(k, D):
             x, y = TWO_MODES.sample(400, data.generator("afm oracle", k))
             return losses.afm_D(D, x, y, losses.BatchDraws(1, k, 400), losses.Config(nfe=nfe), ExactJump(nfe, factor))[0]
         return gradient_in_standard_errors(loss, 25)
 
-    for nfe in (1, 3):
+    for nfe in (1, 3, 0):
         assert errors(nfe, 1.0) < 4
         assert errors(nfe, 0.8) > 8
 
@@ -1453,6 +1570,14 @@ def test_losses_afm_jumps_compose_to_the_map():
         assert len(s.unique()) == nfe and s.max() == 1 and r.min() == 0 and (s - r - 1 / nfe).abs().max() < 1e-6
         grid = torch.tensor(sample.time_grid(nfe))
         assert (s.unique().flip(0) - grid[:-1]).abs().max() < 1e-6
+    for steps in (1, 5):  # one network for any grid: the sampler tells it both ends
+        made = sample.sample(ExactJump(0), e, torch.zeros(200, dtype=torch.int64), steps, shift=2.0)
+        assert (made - TWO_MODES.flow(e, one, zero)).abs().max() < 1e-9
+    s, r = losses.jump_times(losses.BatchDraws(0, 0, 20_000), losses.Config(nfe=0))
+    assert ((0 <= r) & (r < s) & (s <= 1)).all()
+    for u in (s, r / s):  # uniform both, and one tells nothing of the other
+        assert abs(u.mean() - .5) < .01 and abs(u.std() - 12 ** -.5) < .01
+    assert abs(torch.corrcoef(torch.stack([s, r / s]))[0, 1]) < .02
 
 
 def test_losses_afm_values():
@@ -1493,6 +1618,79 @@ def test_losses_afm_values():
     assert abs(losses.afm_D(D, x, y, draws, losses.Config(gp=2.0), ConstantG(u))[0] - without - 2 * (logs["r1"] + logs["r2"])) < 1e-5
     for name, at in (("R1", x), ("R2", e - u)):
         assert abs(logs[name.lower()] - losses.flatness(D, at, D(at, zero), one, zero, y, draws, name)) < 1e-6
+
+
+def test_losses_afm_augments_pairs_alike():
+    """Where jumps end at the data themselves D cannot tell, also through augmentation: ln 2 for both; D does see it, and
+    the transport cost does not."""
+    x, y, draws = torch.randn(8, 3, 16, 16).double(), torch.arange(8), data.Draws(0, range(8))
+    D, cfg = tiny(cls=model.Discriminator, input_size=16).double(), train.Config(loss="afm", augment=0.8, gp=0.0, cp=0.0, ot=0.7, ot_end=0.7)
+    e = draws.normal("noise", x.shape[1:])
+    G = lambda x_s, s, y, r: x_s - x  # noqa: E731
+    loss, logs = losses.afm_D(D, x, y, draws, cfg, G)
+    assert abs(loss - math.log(2)) < 1e-6 and abs(logs["real"] - D(losses.augment(x[None], draws, 0.8)[0], torch.zeros(8), y).mean()) < 1e-9
+    assert abs(logs["real"] - D(x, torch.zeros(8), y).mean()) > 1e-3
+    loss, logs = losses.afm_G(G, x, y, draws, cfg, D)
+    assert abs(logs["adversarial"] - math.log(2)) < 1e-6 and abs(loss - math.log(2) - 0.7 * (x - e).square().mean()) < 1e-6
+    loss, logs = losses.afm_G(lambda x_s, s, y, r: x_s, x, y, draws, cfg, D)
+    seen = [D(losses.augment(image[None], draws, 0.8)[0], torch.zeros(8), y) for image in (x, 0 * x)]
+    assert abs(logs["adversarial"] - nn.functional.softplus(seen[0] - seen[1]).mean()) < 1e-6
+
+
+def test_losses_afm_guide():
+    """One-step jumps are noised to a time below cg_time and judged there; others are judged where they end, if r < 0.5."""
+    n, W = 64, torch.randn(2, 10, generator=torch.Generator().manual_seed(0))
+    made, y, draws, seen = torch.randn(n, 2), torch.arange(n) % 10, losses.BatchDraws(0, 0, n), []
+
+    def C(x_t, t):
+        seen.append((x_t, t))
+        return x_t @ W + t[:, None] * torch.arange(10)
+
+    surprise = lambda logits: logits.logsumexp(1) - logits[torch.arange(n), y]  # noqa: E731
+    r = torch.arange(n) % 4 / 4
+    value = losses.guide(C, made, r, y, draws, train.Config(nfe=4))
+    assert torch.equal(seen[0][0], made) and torch.equal(seen[0][1], r)
+    assert abs(value - (surprise(C(made, r)) * torch.tensor([1., 1, 0, 0]).repeat(16)).mean()) < 1e-5
+    seen.clear()
+    value = losses.guide(C, made, 0 * r, y, draws, train.Config(nfe=1, cg_time=0.3))
+    (x_t, t), = seen
+    assert 0 <= t.min() < 0.05 and 0.25 < t.max() <= 0.3 and abs(value - surprise(C(x_t, t)).mean()) < 1e-5
+    noise = (x_t - (1 - t[:, None]) * made) / t[:, None]
+    assert abs(noise.mean()) < 0.3 and abs(noise.std() - 1) < 0.2 and not torch.equal(noise[:, 0], noise[:, 1])
+    G, D, x = ConstantG(torch.tensor([.4, -.2])), LinearD(), torch.randn(n, 2)
+    cfg = train.Config(cg=0.5, cg_time=0.3, batch=n)
+    without, logs = losses.afm_G(G, x, y, draws, cfg, D)
+    loss, more = losses.afm_G(G, x, y, draws, cfg, D, C)
+    assert "surprise" not in logs and abs(loss - without - 0.5 * more["surprise"]) < 1e-6 and more["surprise"] > 0.1
+
+
+class PosteriorC(nn.Module):
+    """The exact log p(y | x_t) of a mixture, and a few weighted features of one class more, at weight 0."""
+
+    def __init__(self, mixture):
+        super().__init__()
+        self.mixture, self.weight = mixture, nn.Parameter(torch.zeros(4, dtype=torch.float64))
+
+    def forward(self, x_t, t):
+        features = torch.stack([torch.ones_like(t), x_t[:, 0], x_t[:, 0] * t, (2 * x_t[:, 0]).sin()]).double()
+        logits = self.mixture.posterior(x_t.double(), t.double())[0].log()
+        return logits + torch.stack([self.weight @ features, 0 * t], 1)
+
+
+def test_losses_classifier_reaches_the_posterior():
+    """The mean gradient is 0 at the exact posterior of x_t, and is not at that of another mixture."""
+    def errors(mixture):
+        def loss(k, C):
+            x, y = TWO_MODES.sample(2000, data.generator("classifier oracle", k))
+            return losses.classifier(C, x, y, losses.BatchDraws(3, k, 2000), losses.Config())[0]
+        return gradient_in_standard_errors(loss, D=lambda: PosteriorC(mixture))
+
+    assert errors(TWO_MODES) < 4 and errors(dataclasses.replace(TWO_MODES, means=0.7 * TWO_MODES.means)) > 8
+    x, y = TWO_MODES.sample(500, data.generator("classifier accuracy"))
+    cfg = losses.Config(time_mean=-3, time="logit_normal")
+    loss, logs = losses.classifier(PosteriorC(TWO_MODES), x, y, losses.BatchDraws(0, 0, 500), cfg)
+    assert loss < 0.05 and logs["accuracy"] > 0.98
+    assert losses.classifier(PosteriorC(TWO_MODES), x, 1 - y, losses.BatchDraws(0, 0, 500), cfg)[1]["accuracy"] < 0.02
 
 
 def test_losses_afm_penalty():
@@ -2508,6 +2706,77 @@ def test_train_afm_samples_by_its_own_jumps(tmp_path, capsys):
         x = losses.jump(net, x, half, 0 * half, labels)
     assert torch.equal(data.to_uint8(x), made)
     assert train.sampling(train.Config(loss="afm", nfe=2), 1.5)["guidance"] == 1 and train.sampling(train.Config(), 1.5)["guidance"] == 1.5
+
+
+def test_train_afm_any_steps_deep_and_guided(tmp_path, capsys):
+    """--nfe 0: one network for any number of steps. --repeats: a deep generator at a fraction of the learning rate, with
+    an ordinary D. --classifier: a frozen guide, from a run that makes no images. From a flow, the network at t = 1."""
+    run = lambda name, **options: train.train(tiny_run(tmp_path / name, **dict(loss="afm", steps=2) | options))  # noqa: E731
+    networks = lambda name: {k: v["config"] for k, v in checkpoint(tmp_path / name)["networks"].items()}  # noqa: E731
+    run("any", nfe=0)
+    assert networks("any")["G"]["times"] == 2 and networks("any")["D"]["times"] == 1
+    assert networks("any")["D"]["norm"] == "layer"
+    for steps in (1, 3):
+        sample.main([str(tmp_path / "any"), "--steps", str(steps), "--n", "4", "--out", str(tmp_path / "a.png")])
+        assert f"euler, {steps} steps" in capsys.readouterr().out
+    raises(lambda: sample.main([str(tmp_path / "any"), "--solver", "heun"]), "--solver heun", "euler")
+    run("deep", repeats=3)
+    assert networks("deep")["G"]["repeats"] == 3 and networks("deep")["D"]["repeats"] == networks("deep")["D"]["times"] == 0
+    cfg = tiny_run("", lr=0.3, repeats=3, warmup=0)
+    assert train.learning_rate(5, cfg) == 0.3 / 3 and train.learning_rate(5, cfg, "D") == 0.3
+    raises(lambda: run("deep", repeats=2, steps=3, resume=True), "--repeats 3")
+
+    run("judge", loss="classifier", augment=0.4, score=10)
+    assert not (tmp_path / "judge/samples/final.png").exists() and "scores" not in json.loads((tmp_path / "judge/final.json").read_text())
+    raises(lambda: sample.main([str(tmp_path / "judge")]), "judge", "makes no images")
+    run("guided", classifier=str(tmp_path / "judge"))
+    assert {row["role"]: "surprise" in row for row in train.read_log(tmp_path / "guided/log.jsonl")} == {"D": False, "G": True}
+    raises(lambda: run("no", classifier=str(tmp_path / "deep")), "--classifier", "--loss classifier")
+    raises(lambda: run("no", loss="fm", classifier=str(tmp_path / "judge")), "--loss afm")
+    raises(lambda: run("no", classifier=str(tmp_path / "absent")), "absent")
+
+    run("flow", loss="fm", predict="v")
+    run("from", init=str(tmp_path / "flow"), predict="v", lr=1e-9, steps=1)
+    flow, made = model.load(tmp_path / "flow/last.pt"), model.load(tmp_path / "from/last.pt", ema=False)
+    x, y = torch.randn(2, 3, 32, 32), torch.tensor([1, 2])
+    with torch.no_grad():
+        assert made.times == 0 and torch.allclose(made(x, torch.ones(2), y), flow(x, torch.ones(2), y), atol=1e-4)
+
+
+def test_train_schedule(tmp_path, capsys):
+    """Entries change settings from their step on; ema_reload puts the averaged weights into G; d_reload brings back D as it
+    was kept. A run resumed amid all this equals one that was not stopped. What cannot be read or done is refused."""
+    text = "4: lr=0.5 ot=0.3, ot_end=0.3; 2: lr=0.2"
+    cfg = tiny_run("", lr=1.0, warmup=0, loss="afm", ot=0.1, ot_end=0.1, schedule=text)
+    assert [train.learning_rate(k, train.scheduled(cfg, k)) for k in range(6)] == [1, 1, .2, .2, .5, .5]
+    seen = []
+    objective = lambda net, x, y, draws, cfg: seen.append((cfg.ot, cfg.lr)) or (x.sum(), {})  # noqa: E731
+    for start in (3, 4):
+        train.Loss(objective, None, cfg)(torch.zeros(2, 1, dtype=torch.uint8), None, [cfg.batch * start, cfg.batch * start + 1])
+    assert seen == [(0.1, 0.2), (0.3, 0.5)]
+
+    options = dict(loss="afm", steps=8, keep_every=2, save_every=5, lr=1e-3, log_every=1,
+                   schedule="6: d_reload=4 ema_reload=8 d_lr=1e-12")
+    a, b = tmp_path / "a", tmp_path / "b"
+    train.train(tiny_run(a, **options))
+    assert sorted(p.name for p in a.glob("step_*.pt")) == [f"step_000000{k}.pt" for k in (2, 4, 6, 8)]
+    kept = [torch.load(a / f"step_000000{k}.pt", weights_only=True) for k in (4, 6, 8)]
+    D = [k["networks"]["D"]["weights"]["dis_embed"] for k in kept]
+    assert torch.allclose(D[2], D[0], atol=1e-9) and (D[1] - D[0]).abs().max() > 1e-4
+    assert same(kept[2]["networks"]["G"]["weights"], kept[2]["ema"]) and not same(kept[1]["networks"]["G"]["weights"], kept[1]["ema"])
+    train.train(tiny_run(b, **options | dict(steps=5)))
+    train.train(tiny_run(b, resume=True, **options))
+    assert_same_state(a, b)
+    assert model.load(a / "step_0000004.pt").times == 0
+
+    run = lambda schedule, **more: train.train(tiny_run(tmp_path / "no", **dict(loss="afm", schedule=schedule) | more))  # noqa: E731
+    raises(lambda: run("4 lr=1"), "'4 lr=1'", "STEP: NAME=VALUE")
+    raises(lambda: run("4: lr=x"), "lr=x")
+    raises(lambda: run("4: model=2"), "model", "ot_end")
+    raises(lambda: run("4: d_reload=2"), "d_reload=2", "--keep_every (0)")
+    raises(lambda: run("4: d_reload=6", keep_every=2), "step 6 is not kept before step 4")
+    raises(lambda: run("4: d_reload=2", keep_every=2, loss="fm"), "no discriminator")
+    assert not (tmp_path / "no").exists()
 
 
 def test_train_cat_is_one_pass_of_stages(tmp_path, capsys):
