@@ -77,9 +77,9 @@ class Draws:
             row.normal_(generator=rng.manual_seed(fold(self.seed, purpose, p)))
         return out
 
-    def uniform(self, purpose: str) -> Tensor:
-        """Uniform [0, 1) numbers (len(positions),), float32."""
-        rows = [torch.rand((), generator=generator(self.seed, purpose, p)) for p in self.positions]
+    def uniform(self, purpose: str, shape: tuple = ()) -> Tensor:
+        """Uniform [0, 1) numbers (len(positions), *shape), float32."""
+        rows = [torch.rand(shape, generator=generator(self.seed, purpose, p)) for p in self.positions]
         return torch.stack(rows).to(self.device)
 
 
@@ -430,6 +430,32 @@ def index_at(n: int, position: int, seed: int) -> int:
     """The index in a data set of n items that stands at a position of the training run: a new order each epoch."""
     epoch, offset = divmod(position, n)
     return int(permutation(n, seed, epoch)[offset])
+
+
+class Bank:
+    """Up to `per_class` images of each class, in memory, to draw others of a sample's class from.
+
+    Images uint8 (classes, M, C, h, w) are chosen by the seed; a class with fewer fills its places again and again.
+    """
+
+    def __init__(self, source: Arrays | Files, per_class: int, seed: int, mirror: bool = False, device="cpu"):
+        labels, self.mirror, chosen = torch.as_tensor(source.labels), mirror, []
+        largest = min(per_class, int(labels.bincount().max()))
+        for k in range(source.num_classes):
+            own = (labels == k).nonzero()[:, 0]
+            own = own[torch.randperm(len(own), generator=generator(seed, "bank", k))]
+            chosen.append(torch.stack([source.item(int(own[i % len(own)]))[0] for i in range(largest)])
+                          if len(own) else torch.zeros(largest, *source.shape, dtype=torch.uint8))
+        self.images = torch.stack(chosen).to(device)
+
+    def __call__(self, y: Tensor, draws: Draws, n: int) -> Tensor:
+        """n images of the class of each sample, independent draws: float (B, n, C, h, w) in [-1, 1]."""
+        u = draws.uniform("bank", (n,))
+        images = self.images[y[:, None], (u * self.images.shape[1]).long()]
+        if self.mirror:
+            flips = draws.uniform("bank mirror", (n,)) < 0.5
+            images = torch.where(flips[:, :, None, None, None], images.flip(-1), images)
+        return to_float(images)
 
 
 class _Fetcher(torch.utils.data.Dataset):

@@ -2,6 +2,10 @@
 
     name  the network gives          what the loss asks for           extra calls       derivatives       paper, arXiv
     fm    velocity v(x_t, t)         v = e - x on average             none              none              2210.02747, 2401.08740
+    pafm  velocity v(x_t, t)         v averaged over images that      none              none              2605.00825
+                                     may have become x_t
+    carflow  v of images and noise   v = e - x, at x_t moved by       none              none              2509.19300
+          that a class has moved     shifts that are learned
     cafm  velocity v(x_t, t)         D's derivatives along v and      G; D and its      D's: one (G),     2604.11521
                                      e - x look alike                 input gradient    two (D)
     afm   jump u: x_r = x_s          D's values at x_r and at data    G, 2.5 times D    none              2511.22475
@@ -34,6 +38,7 @@ form: it prints the errors and draws the learned trajectories over the density i
 """
 import copy
 import dataclasses
+import functools
 import math
 import typing
 
@@ -58,13 +63,26 @@ def sample_times(draws: data.Draws, cfg) -> Tensor:
     """Training times (B,) float32: uniform on [0, 1), or logit-normal, sigmoid(time_mean + time_std n), n ~ N(0, 1).
 
     (SD3, arXiv:2403.03206, Eq. 19.) A larger time_mean looks more at noise. JiT's P_mean = -0.8 is +0.8 here, as its
-    time runs from noise to data.
+    time runs from noise to data. With a curriculum only times from `least_time` on.
     """
-    u = draws.uniform("time")
+    u, least = draws.uniform("time"), least_time(draws, cfg)
     if cfg.time == "uniform":
-        return u
+        return least + (1 - least) * u
+    if least:  # by the upper tail, which may be tiny
+        above = 0.5 * math.erfc((math.log(least / (1 - least)) - cfg.time_mean) / (cfg.time_std * math.sqrt(2)))
+        return torch.sigmoid(cfg.time_mean - cfg.time_std * torch.special.ndtri(above * (1 - u.double()))).to(u)
     n = math.sqrt(2) * torch.erfinv(2 * u.clamp(1e-6, 1 - 1e-6) - 1)
     return torch.sigmoid(cfg.time_mean + cfg.time_std * n)
+
+
+def least_time(draws: data.Draws, cfg, stages: int = 20, reach: float = 6.0) -> float:
+    """Easy first, the noisiest times (arXiv:2403.10348): the smallest time of this stage, 0 when all have passed.
+
+    The stages divide logit(t) in [-6, 6], half the log-SNR with its sign turned, evenly. paper: a stage ends when the
+    loss has not fallen for some steps; here: after cfg.curriculum steps, so that a step depends on its number only.
+    """
+    stage = draws.positions[0] // cfg.batch // cfg.curriculum + 1 if cfg.curriculum else stages
+    return 0.0 if stage >= stages else 1 / (1 + math.exp(2 * reach * stage / stages - reach))
 
 
 def interpolate(x: Tensor, e: Tensor, t: Tensor) -> Tensor:
@@ -107,6 +125,41 @@ def fm(net, x: Tensor, y: Tensor, draws: data.Draws, cfg) -> tuple[Tensor, dict]
 
     loss = (net(x_t, t, drop_labels(net, y, draws, cfg)) - v).square().mean()
     return loss, {}
+
+
+def pafm(net, x: Tensor, y: Tensor, draws: data.Draws, cfg, bank) -> tuple[Tensor, dict]:
+    """Posterior-augmented flow matching: E |v_net(x_t, t, y) - E[v | x_t, candidates]|^2   (arXiv:2605.00825)
+
+    The candidates are x itself and K - 1 other images of its class: each may have become x_t, by another noise. The
+    target's mean given x_t is that of flow matching, its variance smaller; with K = 1 it is flow matching.
+    """
+    t = sample_times(draws, cfg)
+
+    e = draws.normal("noise", x.shape[1:])
+    x_t = interpolate(x, e, t)
+
+    mean, spread = posterior_mean(x, e, t, bank(y, draws, cfg.candidates - 1))
+    v = velocity_target(net, x, e, x_t, t)
+    v = v + (x - mean) / t.clamp_min(net.t_min if net.predict == "x" else 1e-3).view(-1, *[1] * (x.dim() - 1))
+
+    loss = (net(x_t, t, drop_labels(net, y, draws, cfg)) - v).square().mean()
+    return loss, {"spread": spread}
+
+
+def posterior_mean(x: Tensor, e: Tensor, t: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
+    """E[x | x_t] if x and each of `others` (B, K - 1, ...) were equally likely, and its variance (mean over pixels):
+
+        weights ~ N(x_t; (1 - t) x_j, t^2 I),   from |x_t - (1 - t) x_j|^2 - |t e|^2, as large numbers would cancel.
+
+    The variance, not the effective number of candidates, tells what there is to gain: near copies have much of the
+    latter. paper: candidates are weighted by text likeness too, or found as neighbours; here: of the same class.
+    """
+    away = x[:, None] - torch.cat([x[:, None], others], 1)                                        # (B, K, ...)
+    a, t = (1 - t)[:, None], t.clamp_min(1e-3)[:, None]
+    gap, along = away.flatten(2).square().sum(2), (away.flatten(2) * e.flatten(1)[:, None]).sum(2)
+    weights = (-(a / t) * (a / (2 * t) * gap + along)).softmax(1).view(*gap.shape, *[1] * (x.dim() - 1))
+    mean = (weights * away).sum(1)                                                                # of x - x_j
+    return x - mean, (weights * (away - mean[:, None]).square()).sum(1).mean()
 
 
 def cafm_D(D, x: Tensor, y: Tensor, draws: data.Draws, cfg, G) -> tuple[Tensor, dict]:
@@ -435,6 +488,7 @@ class Objective(typing.NamedTuple):
     generator: typing.Callable = lambda settings: {}  # options of model.create, from a run's settings
     kind: type = model.Discriminator
     discriminator: typing.Callable = lambda settings: {}  # its options
+    bank: bool = False        # whether G's loss looks at a data.Bank of other images
     draws_images: bool = True  # whether a run has pictures to show
     alarm: float = 0.0        # a mean loss of D below this: D has won
     sampling: typing.Callable = lambda settings: {}  # how a run's samples are made, where that is not a matter of choice
@@ -442,6 +496,8 @@ class Objective(typing.NamedTuple):
 
 LOSSES = {
     "fm": Objective(fm),
+    "pafm": Objective(pafm, bank=True),
+    "carflow": Objective(fm, generator=lambda settings: dict(shifts=True)),
     "cafm": Objective(cafm_G, cafm_D, cafm_turn, alarm=0.2, discriminator=lambda settings: dict(norm="rms"),
                       defaults=dict(beta1=0.0, beta2=0.95, ema=0.99, decay="constant", lr=1e-4, d_warmup=1000)),
     "afm": Objective(afm_G, afm_D, alternate, alarm=0.05,
@@ -532,18 +588,24 @@ class PointNet(nn.Module):
 
     Coordinates and time enter as sines and cosines of several frequencies, so that narrow modes can be told apart.
     """
-    t_min, num_classes, null_class = 0.05, 1, False
+    t_min, null_class = 0.05, False
 
-    def __init__(self, dimension: int = 1, width: int = 128, outputs: int = 0, predict: str = "v"):
+    def __init__(self, dimension: int = 1, width: int = 128, outputs: int = 0, predict: str = "v", classes: int = 1,
+                 shifts: bool = False):
         super().__init__()
-        self.predict = predict
+        self.predict, self.num_classes = predict, classes
+        self.shifts = model.Shifts(classes, (dimension,)) if shifts else None
         self.register_buffer("frequencies", torch.linspace(0.5, 8, 16))
-        self.layers = nn.Sequential(nn.Linear((dimension + 1) * 32, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(),
+        self.layers = nn.Sequential(nn.Linear((dimension + 1) * 32 + (classes if classes > 1 else 0), width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(),
                                     nn.Linear(width, width), nn.SiLU(), nn.Linear(width, outputs or dimension))
 
     def forward(self, x_t: Tensor, t: Tensor, y: Tensor | None = None, r: Tensor | None = None) -> Tensor:
+        return self.shifts(self._velocity, x_t, t, y, r) if self.shifts else self._velocity(x_t, t, y, r)
+
+    def _velocity(self, x_t: Tensor, t: Tensor, y: Tensor | None = None, r: Tensor | None = None) -> Tensor:
         angle = (torch.cat([x_t, t[:, None]], 1)[..., None] * self.frequencies).flatten(1)       # (B, (D + 1) 16)
-        out = self.layers(torch.cat([angle.sin(), angle.cos()], 1))
+        label = [F.one_hot(y, self.num_classes).to(x_t)] if self.num_classes > 1 else []
+        out = self.layers(torch.cat([angle.sin(), angle.cos(), *label], 1))
         return model.clean_velocity(out, x_t, t, self.t_min) if self.predict == "x" else out
 
 
@@ -572,11 +634,16 @@ class Config:
     d_lr: float = 2e-3
     predict: str = "v"
     betas: tuple = (0.9, 0.999)
+    width: int = 128
+    classes: int = 1  # that the network is told; 1: none
+    shifts: bool = False
     decay: bool = True  # of the learning rate, linearly to 0
     ema: float = 0.0
     time: str = "uniform"
     time_mean: float = 0.0
     time_std: float = 1.0
+    curriculum: int = 0
+    candidates: int = 16
     label_drop: float = 0.0
     cp: float = 0.001
     ot: float = 0.0
@@ -594,6 +661,7 @@ class Config:
 ADVERSARIAL = Config(batch=256, betas=(0.0, 0.9), lr=1e-3, d_lr=1e-3, decay=False)
 SETTINGS = {
     "fm": Config(),
+    "pafm": Config(),
     "cafm": dataclasses.replace(ADVERSARIAL, steps=2400, ema=0.95),
     "afm": dataclasses.replace(ADVERSARIAL, steps=1500, ema=0.99, cp=0.01, ot=0.2, ot_end=0.05),
 }
@@ -609,17 +677,19 @@ def train_points(name: str, mixture: Mixture, cfg: Config | None = None) -> Poin
     cfg, objective = cfg or SETTINGS[name], LOSSES[name]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(cfg.seed)
-        nets = {"G": PointNet(mixture.means.shape[1], predict=cfg.predict)}
+        nets = {"G": PointNet(mixture.means.shape[1], cfg.width, predict=cfg.predict, classes=cfg.classes,
+                              shifts=cfg.shifts)}
         if objective.D:
             nets["D"] = PointDiscriminator(mixture.means.shape[1])
     rates = {"G": cfg.lr, "D": cfg.d_lr}
     opts = {role: torch.optim.AdamW(net.parameters(), rates[role], cfg.betas, weight_decay=0)
             for role, net in nets.items()}
     ema = copy.deepcopy(nets["G"]).requires_grad_(False)
+    bank = [functools.partial(draw_others, mixture)] if objective.bank else []
     bar = tqdm(range(cfg.steps), desc=name)
     for step in bar:
         role = objective.turn(step, cfg)
-        others = [net for other, net in nets.items() if other != role]
+        others = [net for other, net in nets.items() if other != role] + bank
         opts[role].param_groups[0]["lr"] = rates[role] * (1 - step / cfg.steps if cfg.decay else 1)
         x, y = mixture.sample(cfg.batch, data.generator(cfg.seed, "points", step))
         loss, _ = getattr(objective, role)(nets[role], x, y, BatchDraws(cfg.seed, step, cfg.batch), cfg, *others)
@@ -634,6 +704,12 @@ def train_points(name: str, mixture: Mixture, cfg: Config | None = None) -> Poin
     return ema.eval()
 
 
+def draw_others(mixture: Mixture, y: Tensor, draws, n: int) -> Tensor:
+    """As data.Bank, for points without classes: n other points (B, n, D) for each of a batch."""
+    x, _ = mixture.sample(len(y) * n, data.generator("others", draws.positions[0]))
+    return x.view(len(y), n, -1)
+
+
 class BatchDraws:
     """The interface of data.Draws with one generator a batch: fast, where batches are never split."""
 
@@ -643,8 +719,8 @@ class BatchDraws:
     def normal(self, purpose: str, shape: tuple) -> Tensor:
         return torch.randn(self.batch, *shape, generator=data.generator(*self.key, purpose))
 
-    def uniform(self, purpose: str) -> Tensor:
-        return torch.rand(self.batch, generator=data.generator(*self.key, purpose))
+    def uniform(self, purpose: str, shape: tuple = ()) -> Tensor:
+        return torch.rand(self.batch, *shape, generator=data.generator(*self.key, purpose))
 
 
 @torch.no_grad()

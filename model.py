@@ -512,6 +512,27 @@ class LabelEmbedder(nn.Module):
         return self.embedding_table(y)
 
 
+class Shifts(nn.Module):
+    """CAR-Flow (arXiv:2509.19300): a flow from e + a_y to x + b_y, where classes learn their a_y and b_y.
+
+        z_t = x_t + (1 - t) b_y + t a_y,   dx_t/dt = dz_t/dt - (a_y - b_y)
+
+    Asked and answered in x_t, so that flow matching's loss |v - (e - x)|^2 is the paper's |dz_t/dt - (z_1 - z_0)|^2, and
+    samplers, guidance and score need to know nothing of it: the paper's start e + a_y, end z - b_y, and score with the
+    mean a_y come of themselves. Gradients reach both shifts, which start at 0: plain flow matching. paper: shifts come out
+    of two networks of 2 M parameters; here: of tables. Scales, which the paper shows to collapse, are not offered.
+    """
+
+    def __init__(self, classes: int, shape: tuple):
+        super().__init__()
+        self.source, self.target = (nn.Parameter(torch.zeros(classes, *shape)) for _ in range(2))
+
+    def forward(self, velocity, x_t: Tensor, t: Tensor, y: Tensor, r: Tensor | None = None) -> Tensor:
+        """dx_t/dt at x_t (B, ...), of the `velocity` (z_t, t, y, r) -> dz_t/dt."""
+        a, b, s = self.source[y], self.target[y], t.view(-1, *[1] * (x_t.dim() - 1))
+        return velocity(x_t + (1 - s) * b + s * a, t, y, r) - (a - b)
+
+
 class RMSNorm(nn.Module):
     """x / rms(x) over the last axis, without weights, from primitives: every derivative of these is right."""
 
@@ -585,14 +606,14 @@ class DiT(nn.Module):
     variance, untrained in SiT) is dropped. null_class: whether the label table has the extra row of guidance. t_min:
     see `clean_velocity`. times: how many times the network is told, 0 (a jump from noise to data), 1 (t), or 2 (t and
     the length t - r of a jump to r). time_scale: times are multiplied by it (1000: AFM's official files). repeats: the
-    stack of blocks is run that often, see `passes`.
+    stack of blocks is run that often, see `passes`. shifts: see `Shifts`.
     A fresh network returns exactly 0 from its last layer, and each of its blocks is the identity (adaLN-zero).
     """
 
     def __init__(self, input_size: int = 32, patch: int = 2, channels: int = 4, width: int = 1152, depth: int = 28,
                  heads: int = 16, mlp_ratio: float = 4.0, num_classes: int = 1000, null_class: bool = True,
                  learn_sigma: bool = False, predict: str = "v", t_min: float = 0.05, norm: str = "layer",
-                 times: int = 1, time_scale: float = 1.0, repeats: int = 0):
+                 times: int = 1, time_scale: float = 1.0, repeats: int = 0, shifts: bool = False):
         self.config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         super().__init__()
         if input_size % patch:
@@ -618,6 +639,7 @@ class DiT(nn.Module):
         if times == 2:
             self.jump_embedder = TimestepEmbedder(width)
         self.y_embedder = LabelEmbedder(num_classes, width, null_class)
+        self.shifts = Shifts(num_classes + null_class, self.shape) if shifts else None
         self.pos_embed = nn.Parameter(position_table(width, input_size // patch), requires_grad=False)
         self.blocks = nn.ModuleList(Block(width, heads, mlp_ratio, norm) for _ in range(depth))
         self.final_layer = FinalLayer(width, patch, self.out_channels, norm)
@@ -690,6 +712,12 @@ class DiT(nn.Module):
         """
         if self.predict == "eps":
             return self._velocity_from_vp_noise(x_t, t, y)
+        if self.shifts:
+            return self.shifts(self._velocity, x_t, t, y, r)
+        return self._velocity(x_t, t, y, r)
+
+    def _velocity(self, x_t: Tensor, t: Tensor, y: Tensor, r: Tensor | None = None) -> Tensor:
+        """What the last layer gives, as a velocity."""
         out = self.raw(x_t, t, y, r)[:, :self.channels]
         out = out.to(torch.promote_types(out.dtype, torch.float32))
         return clean_velocity(out, x_t, t, self.t_min) if self.predict == "x" else out

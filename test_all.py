@@ -113,6 +113,7 @@ def same(a, b) -> bool:
     return a == b
 
 
+FLOAT_MODES = losses.Mixture(torch.tensor([[-1.5], [1.5]]), torch.tensor([0.5, 0.5]), torch.tensor([0.5, 0.5]))
 TWO_MODES = losses.Mixture(torch.tensor([[-1.5], [1.5]], dtype=torch.float64),
                            torch.tensor([0.5, 0.5], dtype=torch.float64), torch.tensor([0.5, 0.5], dtype=torch.float64))
 
@@ -178,6 +179,26 @@ def test_data_draws_do_not_depend_on_the_batch():
     assert abs(noise.mean()) < 0.04 and abs(noise.std() - 1) < 0.03
     many = data.Draws(0, range(4000)).uniform("u").sort().values
     assert (many - (torch.arange(4000) + 0.5) / 4000).abs().max() < 0.026  # Kolmogorov-Smirnov at 1 %
+
+
+def test_data_bank_draws_from_the_class():
+    """Candidates are images of the sample's class, each equally often, functions of the position; half of them mirrored
+    where images are; a class with few images repeats them, an absent one is black."""
+    images = torch.arange(12, dtype=torch.uint8).view(12, 1, 1, 1).repeat(1, 3, 4, 4)
+    images[..., 0] += 100
+    source = data.Arrays(images, torch.tensor([0] * 7 + [1] * 3 + [3] * 2), None)
+    bank, draws = data.Bank(source, 5, 0), data.Draws(0, range(600))
+    y = torch.arange(600) % 4
+    seen = ((bank(y, draws, 3)[:, :, 0, 0, 3] + 1) * 127.5).round()
+    counts = [seen[y == k].flatten().long().bincount(minlength=12) for k in range(4)]
+    assert counts[0][:7].gt(0).sum() == 5 and counts[0][7:].sum() == 0                # 5 of the 7
+    assert counts[0][counts[0] > 0].min() > 60 and (counts[1].nonzero()[:, 0] == torch.tensor([7, 8, 9])).all()
+    assert counts[2][0] == 450 and counts[3][10:].sum() == 450
+    assert torch.equal(bank(y[5:9], data.Draws(0, range(5, 9)), 3), bank(y, draws, 3)[5:9])
+    assert bank(y, draws, 0).shape == (600, 0, 3, 4, 4)
+    assert len({tuple(data.Bank(source, 5, seed).images[0, :, 0, 0, 3].sort().values.tolist()) for seed in range(9)}) > 1
+    there, turned = (b(y, draws, 3)[y != 2] for b in (bank, data.Bank(source, 5, 0, mirror=True)))
+    assert (there[..., 0] > there[..., 3]).all() and 0.45 < (turned[..., 0] > turned[..., 3]).float().mean() < 0.55
 
 
 def test_data_epochs_are_permutations_and_steps_can_be_sought():
@@ -1365,6 +1386,176 @@ def test_losses_times_and_dropped_labels():
     assert torch.equal(losses.drop_labels(tiny(null_class=False), y, draws, train.Config(label_drop=.25)), y)
 
 
+def test_losses_curriculum():
+    """At stage k no time is below the k-th bound, and what is there keeps its distribution; after the last stage times are
+    what they are without it."""
+    n = 4000
+    for kind in ("uniform", "logit_normal"):
+        at = lambda step: losses.sample_times(data.Draws(0, range(step * n, (step + 1) * n)), cfg)  # noqa: E731, B023
+        base = losses.sample_times(data.Draws(1, range(n)), train.Config(time=kind))
+        cfg = train.Config(time=kind, curriculum=2, batch=n)
+        for step, least in ((0, torch.tensor(6 - .6).sigmoid()), (1, torch.tensor(6 - .6).sigmoid()), (19, 0.5)):
+            t, allowed = at(step), base[base >= least]
+            assert t.min() >= least - 1e-6
+            if step == 19:  # Kolmogorov-Smirnov at 1 %
+                both = torch.cat([t, allowed]).sort().values
+                gap = (torch.searchsorted(t.sort().values, both) / n - torch.searchsorted(allowed.sort().values, both) / len(allowed)).abs().max()
+                assert gap < 1.63 * (1 / n + 1 / len(allowed)) ** .5
+        for step in (38, 39, 1000):
+            draws = data.Draws(0, range(step * n, step * n + 50))
+            assert torch.equal(losses.sample_times(draws, cfg), losses.sample_times(draws, train.Config(time=kind, batch=n)))
+
+
+def bank_of(points):
+    """As data.Bank, but all other points in their order: x must be first of them all."""
+    return lambda y, draws, n: points[1:1 + n].expand(len(y), -1, -1)
+
+
+def test_losses_pafm_target():
+    """K = 1 is flow matching bit for bit. With all points as candidates the target is the velocity of the empirical
+    distribution; copies of x have no spread; large dimensions and small times lose no digits."""
+    points = torch.tensor([[-1.], [0.2], [.9], [1.1]]).double()
+    x, draws, cfg = points[:1].expand(50, 1), losses.BatchDraws(0, 0, 50), losses.Config(candidates=4)
+    seen = []
+
+    def net(x_t, t, y, r=None):
+        seen.append((x_t, t))
+        return torch.zeros_like(x_t)
+
+    net.predict, net.null_class = "v", False
+    loss, logs = losses.pafm(net, x, torch.zeros(50).long(), draws, cfg, bank_of(points))
+    empirical = losses.Mixture(points, torch.zeros(4).double(), torch.full((4,), .25).double())
+    (x_t, t), = seen
+    assert t.min() < 0.05 and abs(loss - empirical.velocity(x_t, t.double()).square().mean()) < 1e-6 * loss
+    one = losses.pafm(net, x.float(), None, draws, losses.Config(candidates=1), lambda y, draws, n: torch.empty(50, n, 1))
+    assert one[0] == losses.fm(net, x.float(), None, draws, cfg)[0] and one[1]["spread"] == 0
+    for predict in ("x", "v"):
+        network, images, y = tiny(predict=predict), torch.rand(50, 3, 8, 8) * 2 - 1, torch.arange(50) % 10
+        draws, cfg = data.Draws(0, range(50)), train.Config(candidates=1)
+        empty = lambda y, draws, n: torch.empty(50, n, 3, 8, 8)  # noqa: E731
+        assert losses.pafm(network, images, y, draws, cfg, empty)[0] == losses.fm(network, images, y, draws, cfg)[0]
+        network.raw = lambda x_t, t, y, r: images if predict == "x" else 0 * images  # noqa: B023
+        copies = lambda y, draws, n: images[:, None].expand(-1, n, -1, -1, -1)  # noqa: E731, B023
+        loss, logs = losses.pafm(network, images, y, draws, train.Config(candidates=3), copies)
+        assert logs["spread"] == 0 and (predict == "v" or loss < 1e-9)
+    t = torch.tensor([[.003], [.05], [.3], [.7], [.95]])
+    x, e, others = torch.randn(5, 500), torch.randn(5, 500), torch.randn(5, 7, 500)
+    others = x[:, None] + t[:, None] * others / 20  # as near as to be told from x by noise of size t with an effort
+    single, double = (losses.posterior_mean(*(part.to(dtype) for part in (x, e, t[:, 0], others)))[0]
+                      for dtype in (torch.float32, torch.float64))
+    assert ((single - double) / t).abs().max() < 1e-4 and ((double - x) / t).abs().amax(1).min() > 1e-2
+
+
+def test_losses_pafm_is_unbiased_and_varies_less(monkeypatch):
+    """At the exact velocity the mean gradient is 0 for every K, clearly not where x is left out of the candidates; the loss
+    there, which is the target's variance, falls with K."""
+    cfg, values = {K: losses.Config(candidates=K) for K in (1, 2, 4, 16)}, {}
+
+    def errors(K, self_included=True):
+        def loss(k, net):
+            x, y = TWO_MODES.sample(1000, data.generator("pafm", k))
+            more = TWO_MODES.sample(16_000, data.generator("pafm others", k))[0].view(1000, 16, 1)
+            with monkeypatch.context() as patch:
+                if not self_included:
+                    patch.setattr(losses, "posterior_mean", without)
+                value = losses.pafm(net, x, y, losses.BatchDraws(5, k, 1000), cfg[K], lambda y, draws, n: more[:, :n])[0]
+            values[K] = value.item()
+            return value
+        return gradient_in_standard_errors(loss, 25, D=lambda: Perturbed(TWO_MODES.velocity))
+
+    exact = losses.posterior_mean
+
+    def without(x, e, t, others):
+        """The same with weights for others alone: their mean given x_t."""
+        x_t, first = losses.interpolate(x, e, t), others[:, 0]
+        away = (x_t - losses.interpolate(first, 0 * e, t)) / t[:, None].clamp_min(1e-3)
+        return exact(first, away, t, others[:, 1:])
+
+    assert errors(4) < 4 and errors(2) < 4 and errors(16) < 4 and errors(1) < 4
+    assert values[1] > values[2] > values[4] > values[16] > 0 and values[16] < 0.4 * values[1]
+    assert errors(4, self_included=False) > 6
+
+
+def test_losses_carflow_is_the_papers():
+    """In moved coordinates z_t: the loss |v_z(z_t) - (z_1 - z_0)|^2, its gradients in both shifts too; shifts of 0 are
+    plain flow matching; the sampler starts at e + a, ends at z - b."""
+    net = tiny(shifts=True, null_class=False).double()
+    plain = model.DiT(**net.config | dict(shifts=False)).double().eval()
+    plain.load_state_dict({k: v for k, v in net.state_dict().items() if not k.startswith("shifts")})
+    x, y, draws = torch.randn(8, 3, 8, 8).double(), torch.arange(8), data.Draws(0, range(8))
+    cfg, e, t = train.Config(), draws.normal("noise", (3, 8, 8)).double(), losses.sample_times(draws, train.Config()).double()
+    losses.fm(net, x, y, draws, cfg)[0].backward()
+    a, b = (p.detach()[y].requires_grad_() for p in (net.shifts.source, net.shifts.target))
+    z0, z1 = x + b, e + a
+    loss = (plain(losses.interpolate(z0, z1, t), t, y) - (z1 - z0)).square().mean()
+    loss.backward()
+    assert abs(loss - losses.fm(net, x, y, draws, cfg)[0]) < 1e-6
+    for shift, own in ((net.shifts.source, a), (net.shifts.target, b)):
+        assert (shift.grad[:8] - own.grad).abs().max() < 1e-6 < own.grad.abs().max() and shift.grad[8:].abs().max() == 0
+    with torch.no_grad():
+        z = sample.sample(plain, e + a, y, 7)
+        assert (sample.sample(net, e, y, 7) - (z - b)).abs().max() < 1e-9
+        net.shifts.source.zero_(), net.shifts.target.zero_()
+        assert torch.equal(net(x, t, y), plain(x, t, y))
+    fresh = model.create("glyph-S", shifts=True)
+    assert not fresh.shifts.source.any() and fresh.shifts.target.shape == (11, 3, 32, 32)
+
+
+class ShiftedOptimum(nn.Module):
+    """model.Shifts a + weight, b + extra + weight around the best velocity that there is for shifts a, b of TWO_MODES."""
+    predict, t_min, null_class = "v", 0.0, False
+    a, b = torch.tensor([[.3], [-1.]]).double(), torch.tensor([[1.], [.2]]).double()
+
+    def __init__(self, extra):
+        super().__init__()
+        self.extra, self.moved, self.weight = extra, model.Shifts(2, (1,)), nn.Parameter(torch.zeros(4).double())
+
+    def forward(self, x_t, t, y, r=None):
+        def best(z, t, y, r):
+            s, a, b = t[:, None], self.a[y], self.b[y]
+            return TWO_MODES.velocity(z - (1 - s) * b - s * a, t, y) + a - b
+
+        shifts = {"source": self.a + self.weight[:2, None], "target": self.b + self.extra + self.weight[2:, None]}
+        return torch.func.functional_call(self.moved, shifts, (best, x_t, t, y, r))
+
+
+def test_losses_carflow_optimum():
+    """At the best velocity the gradient in the shifts is 0, which it is not at a velocity for other shifts. The loss there
+    is pi s0 s / 2 for N(m, s^2) and N(0, s0^2): it does not see shifts, and a learned scale s0 would run to 0."""
+    def errors(extra):
+        def loss(k, net):
+            x, y = TWO_MODES.sample(2000, data.generator("shifts", k))
+            return losses.fm(net, x, y, losses.BatchDraws(6, k, 2000), losses.Config())[0]
+        return gradient_in_standard_errors(loss, 20, D=lambda: ShiftedOptimum(extra))
+
+    assert errors(0.0) < 4 and errors(0.3) > 8
+    x, y = TWO_MODES.sample(40_000, data.generator("scale"))
+    for s0 in (1.0, 0.5, 0.1):
+        draws = losses.BatchDraws(0, 0, 40_000)
+        noise = types.SimpleNamespace(normal=lambda *k: s0 * draws.normal(*k), uniform=draws.uniform, positions=draws.positions)  # noqa: B023
+        unit = dataclasses.replace(TWO_MODES, means=TWO_MODES.means / s0, stds=TWO_MODES.stds / s0)
+        net = lambda x_t, t, y, r=None: s0 * unit.velocity(x_t / s0, t.double(), y)  # noqa: E731, B023
+        net.predict, net.null_class = "v", False
+        assert abs(losses.fm(net, x, y, noise, losses.Config())[0] / (math.pi / 2 * s0 * 0.5) - 1) < 0.04
+
+
+def test_losses_carflow_shortens_the_paths():
+    """Trained equally long on N(-1.5, .2^2) and N(1.5, .2^2), told which, a network with shifts goes a shorter way from
+    z_1 to z_0 (paper: 1.54 and 0.71) to samples no worse."""
+    mixture = dataclasses.replace(FLOAT_MODES, stds=torch.tensor([.2, .2]))
+    e, y, lengths = torch.special.ndtri((torch.arange(400) + .5) / 400)[:, None], torch.arange(400) % 2, {}
+    for shifts in (False, True):
+        net = losses.train_points("carflow" if shifts else "fm", mixture, losses.Config(
+            steps=1000, lr=1e-2, batch=128, width=12, classes=2, shifts=shifts))
+        states = losses.trajectory(lambda x, t: net(x, t, y), e, 50)  # noqa: B023
+        assert abs(states[-1][:, 0].abs().mean() - 1.5) < 0.1
+        if shifts:
+            t = torch.linspace(1, 0, 51)[:, None, None]
+            states = states + (1 - t) * net.shifts.target[y] + t * net.shifts.source[y]
+        lengths[shifts] = states.diff(dim=0).abs().sum(0).mean().item()
+    assert 1.3 < lengths[False] < 1.7 and lengths[True] < 0.75 * lengths[False], lengths
+
+
 def test_losses_trained_network_reaches_the_exact_sampler():
     """800 steps on the 1-D mixture bring velocity, flow map and sample distribution near the closed form."""
     cfg = losses.Config(steps=800)
@@ -2478,7 +2669,7 @@ def assert_same_state(a, b) -> None:
 
 
 ROLE_SETTINGS = {"fm": {}, "cafm": dict(d_steps=2, d_warmup=1), "afm": dict(ot=0.1, ot_end=0.1, beta1=0.0),
-                 "cat": dict(augment=0.5, beta1=0.0, lr=1e-3), "classifier": dict(augment=0.4)}  # all roles soon
+                 "cat": dict(augment=0.5, beta1=0.0, lr=1e-3), "classifier": dict(augment=0.4), "pafm": dict(candidates=3, bank=8), "carflow": {}}  # all roles soon
 
 
 @pytest.mark.parametrize("loss, accumulation", [("fm", 1), ("fm", 2), ("cafm", 1), ("cafm", 2), ("afm", 1), ("cat", 2)])
@@ -2606,7 +2797,7 @@ def test_train_moves_one_network_at_a_time(tmp_path, loss, monkeypatch):
                        for role, net in (*nets.items(), ("ema", ema))})
 
     monkeypatch.setattr(train, "save_checkpoint", note)
-    cfg = tiny_run(tmp_path / "run", loss=loss, steps=6, save_every=1, log_every=1, **ROLE_SETTINGS[loss])
+    cfg = tiny_run(tmp_path / "run", loss=loss, steps=6, save_every=1, log_every=1, ema=0.2, **ROLE_SETTINGS[loss])
     train.train(cfg)
     turns = [losses.LOSSES[loss].turn(step, cfg) for step in range(1, 6)]
     assert set(turns) == {"D", "G"}

@@ -72,6 +72,9 @@ class Config:
     time: str = option("logit_normal", "distribution of the training time", ("uniform", "logit_normal"))
     time_mean: float = option(0.8, "logit-normal: mean of logit(t); larger trains more on noise (0.8, 0.8: JiT)")
     time_std: float = option(0.8, "logit-normal: standard deviation of logit(t)")
+    curriculum: int = option(0, "steps of each of 20 stages that let in times from the noisiest on; 0: all times at once")
+    candidates: int = option(16, "pafm: images that an average is taken over, the sample itself and others of its class")
+    bank: int = option(256, "pafm: images of each class that the others are drawn from")
     label_drop: float = option(0.1, "share of labels replaced by the null label, for guidance")
     d_warmup: int = option(0, "cafm: steps of the discriminator alone before the generator's first")
     d_steps: int = option(4, "cafm: steps of the discriminator for one of the generator")
@@ -196,6 +199,9 @@ def check(cfg: Config) -> None:
     for name in ("steps", "log_every", "save_every", "sample_steps"):
         if getattr(cfg, name) < 1:
             raise ValueError(f"--{name} {getattr(cfg, name)}: expected at least 1")
+    if cfg.curriculum < 0 or cfg.candidates < 1 or cfg.bank < 1:
+        raise ValueError(f"--curriculum {cfg.curriculum} --candidates {cfg.candidates} --bank {cfg.bank}: expected at least 0, "
+                         f"1 and 1")
     if cfg.loss == "afm" and (cfg.nfe < 0 or cfg.repeats < 0 or cfg.repeats and cfg.nfe != 1):
         raise ValueError(f"--nfe {cfg.nfe} --repeats {cfg.repeats}: expected a number of jumps, or 0 for any; --repeats is "
                          f"for a deep generator of one jump")
@@ -518,9 +524,10 @@ def train(cfg: Config) -> dict:
     start, before = resume(out / "last.pt", cfg, nets, opts, ema) if cfg.resume else (0, 0.0)
     if scored(cfg):
         fid.glyph_net()  # trained now rather than after the run, should anything be wrong with its place
-    guides = {"G": load_classifier(cfg, nets["G"])}
+    guides = load_classifier(cfg, nets["G"])
+    guides += [data.Bank(source, cfg.bank, cfg.seed, mirror, device)] if objective.bank else []
     turns = {role: Loss(getattr(objective, role), torch.compile(net) if cfg.compile else net, cfg,
-                        *(other for name, other in nets.items() if name != role), *guides.get(role, []))
+                        *(other for name, other in nets.items() if name != role), *(guides if role == "G" else []))
              for role, net in nets.items()}
     if dist.is_initialized():
         turns = {role: DistributedDataParallel(turn) for role, turn in turns.items()}
