@@ -1414,7 +1414,7 @@ def bank_of(points):
 def test_losses_pafm_target():
     """K = 1 is flow matching bit for bit. With all points as candidates the target is the velocity of the empirical
     distribution; copies of x have no spread; large dimensions and small times lose no digits."""
-    points = torch.tensor([[-1.], [0.2], [.9], [1.1]]).double()
+    points = torch.tensor([[-1.], [-.97], [.9], [1.1]]).double()  # two that t = 0.03 cannot tell apart
     x, draws, cfg = points[:1].expand(50, 1), losses.BatchDraws(0, 0, 50), losses.Config(candidates=4)
     seen = []
 
@@ -3003,6 +3003,32 @@ def test_train_cat_is_one_pass_of_stages(tmp_path, capsys):
     raises(lambda: run(stages=4), "halved 3 times", "fewer stages")
     raises(lambda: run("run", resume=True, stages=2), "--stages 3")
     raises(lambda: run(init=str(tmp_path / "fm.pt")), "weights of another network")
+
+
+def test_train_compares_objectives(tmp_path, capsys, monkeypatch):
+    """--compare trains each objective in a folder of its own, scores it where it can be sampled, draws a row for each and
+    prints a table; a second call finds it all done; one that was stopped goes on."""
+    monkeypatch.setattr(train, "EVALUATIONS", (1, 3))
+    flags = (f"--compare fm,afm,carflow --out {tmp_path} --data {SMALL_SET} --batch 8 --score 20 --sample_every 0 --device cpu "
+             f"--log_every 1 --steps").split()
+    train.main([*flags, "2"])
+    table = json.loads((tmp_path / "compare.json").read_text())
+    assert {name: list(row) for name, row in table.items()} == {"fm": ["1", "3"], "afm": ["1"], "carflow": ["1", "3"]}
+    assert all(score["n"] == 20 and score["fd_glyphs"] > score["floor"] for row in table.values() for score in row.values())
+    assert table["fm"]["1"] != table["fm"]["3"] and checkpoint(tmp_path / "afm")["config"]["beta1"] == 0
+    out = capsys.readouterr().out
+    assert re.search(r"fm +[\d.]+ / *[\d.]+ +[\d.]+ / *[\d.]+.*1.00x", out) and re.search(r"afm +[\d.]+ /.* - .*x", out)
+    picture = Image.open(tmp_path / "compare.png")
+    assert picture.size == (2 * 322 + 2, 3 * 48 + 2)
+    assert np.asarray(picture)[50:80, 330:].min() == 255 > np.asarray(picture)[50:80, :320].min()     # afm has one column
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.glob("*/last.pt")}
+    train.main([*flags, "2"])
+    assert before == {p: p.stat().st_mtime_ns for p in tmp_path.glob("*/last.pt")}
+    shutil.rmtree(tmp_path / "carflow")
+    train.main([*flags, "2"])
+    assert json.loads((tmp_path / "compare.json").read_text()) == table
+    raises(lambda: train.main(["--compare", "fm,nothing", "--out", str(tmp_path)]), "nothing", "pafm")
+    raises(lambda: train.main(["--compare", "classifier", "--out", str(tmp_path)]), "classifier", "pafm")
 
 
 def test_train_positions_cover_every_image_once():

@@ -23,6 +23,7 @@ import math
 import os
 import shutil
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -112,6 +113,8 @@ class Config:
     sample_steps: int = option(25, "solver steps of grids and scores")
     solver: str = option("ab2", "solver of grids and scores", tuple(sample.SOLVERS))
     guidance: float = option(1.5, "guidance scale of grids and of the guided score")
+    compare: str = option("", "train these objectives, such as fm,pafm,meanflow, alike, into folders of --out, and score each "
+                          "in 1, 2, 4 and 50 network evaluations: a table and a picture; goes on where it was stopped")
     benchmark: bool = option(False, "only time training steps: against plain PyTorch, and each role of each objective")
 
 
@@ -673,10 +676,19 @@ def benchmark(cfg: Config, rounds: int = 5) -> None:
 def role_costs(cfg: Config, rounds: int = 5, batch: int = 32) -> None:
     """Print time and peak memory of each role of each objective, up to its gradients, in flow-matching steps."""
     device = torch.device("cuda" if torch.cuda.is_available() and cfg.device != "cpu" else "cpu")
+    steps = role_steps(cfg, losses.LOSSES, device, batch)
     print(f"\nloss and gradients of each role on glyph-S, batch {batch}, float32, on {device}: time in flow-matching "
           f"steps,\nmedian of {rounds} rounds in turn, and peak memory")
+    times = model.in_turn(steps, rounds, device.type)
+    for name, step in steps.items():
+        print(f"{name:>16} {times[name] / times['fm G']:>7.2f} x {model.peak_megabytes(step, device.type):>8.0f} MB")
+
+
+def role_steps(cfg: Config, names, device: torch.device, batch: int) -> dict:
+    """{"cafm D reverse": a function that computes this role's loss and gradients, ...} on glyph-S."""
     steps = {}
-    for name, objective in losses.LOSSES.items():
+    for name in names:
+        objective = losses.LOSSES[name]
         for route in ("reverse", "forward", "finite") if name == "cafm" else ("",):
             settings = objective.defaults | ({"route": route} if route else {})
             own = dataclasses.replace(cfg, loss=name, init="", d_init="", **settings)
@@ -686,15 +698,14 @@ def role_costs(cfg: Config, rounds: int = 5, batch: int = 32) -> None:
                     nets["D"] = build_discriminator(own, nets["G"])
             for role in nets:
                 steps[f"{name} {role} {route}".strip()] = _role_step(objective, role, nets, own, batch)
-    times = model.in_turn(steps, rounds, device.type)
-    for name, step in steps.items():
-        print(f"{name:>16} {times[name] / times['fm G']:>7.2f} x {model.peak_megabytes(step, device.type):>8.0f} MB")
+    return steps
 
 
 def _role_step(objective: losses.Objective, role: str, nets: dict, cfg: Config, batch: int):
     x = torch.rand(batch, *nets["G"].shape, device=nets["G"].pos_embed.device) * 2 - 1
     y, draws = torch.arange(batch, device=x.device) % 10, data.Draws(cfg.seed, range(batch), x.device)
     others = [net for name, net in nets.items() if name != role]
+    others += [data.Bank(data.dataset("glyphs:4", 32), cfg.bank, cfg.seed, device=x.device)] if objective.bank else []
 
     def step():
         for name, net in nets.items():
@@ -705,6 +716,63 @@ def _role_step(objective: losses.Objective, role: str, nets: dict, cfg: Config, 
     return step
 
 
+# --------------------------------------------------------------------------------------------------------------------
+# 5. Comparison: many objectives, the same network, images and evaluation
+# --------------------------------------------------------------------------------------------------------------------
+
+EVALUATIONS = (1, 2, 4, 50)
+
+
+def compare(argv: list[str], cfg: Config) -> None:
+    """Train and score every objective of --compare; what is done stays in OUT/compare.json and is not done again."""
+    names, out = cfg.compare.split(","), Path(cfg.out)
+    if unknown := [n for n in names if n not in losses.LOSSES or not losses.LOSSES[n].draws_images]:
+        raise ValueError(f"--compare {unknown[0]}: choose from "
+                         f"{', '.join(n for n, o in losses.LOSSES.items() if o.draws_images)}")
+    known = out / "compare.json"
+    table, rows = json.loads(known.read_text()) if known.exists() else {}, []
+    for name in names:
+        own = data.parse(Config, [*argv, "--loss", name, "--out", str(out / name), "--score", "0"], None,
+                         **losses.LOSSES[name].defaults)
+        last = out / name / "last.pt"
+        if not last.exists() or model.read_checkpoint(last)["step"] < own.steps:
+            if not train(dataclasses.replace(own, compare="", resume=last.exists())):
+                return  # a signal
+        ema = model.load(last).to(data.start_processes(cfg.device))
+        for steps in EVALUATIONS:
+            options = sampling(dataclasses.replace(own, sample_steps=steps, solver="euler"), 1.0)
+            if options["steps"] == steps and str(steps) not in table.setdefault(name, {}):
+                labels = sample.labels_for(cfg.score, ema.num_classes)
+                images = torch.cat([x for _, x in sample.generate(ema, labels, cfg.seed + 1, progress=f"{name}, {steps}", **options)])
+                table[name][str(steps)] = fid.score_glyphs(images, labels)
+                known.write_text(json.dumps(table, indent=2) + "\n")
+            rows.append(_strip(ema, cfg.seed, options) if options["steps"] == steps else None)
+    blank = torch.full_like(next(row for row in rows if row is not None), 255)
+    captions = [f"{name}, {steps}" for name in names for steps in EVALUATIONS]
+    data.grid(torch.stack([blank if row is None else row for row in rows]), len(EVALUATIONS), captions).save(out / "compare.png")
+    print_comparison(names, table, cfg)
+
+
+def _strip(ema: model.DiT, seed: int, options: dict, n: int = 10) -> torch.Tensor:
+    """Samples of the first n labels side by side: uint8 (3, h, n w)."""
+    (_, images), = sample.generate(ema, sample.labels_for(n, ema.num_classes), seed, n, **options)
+    return torch.cat(list(images), 2)
+
+
+def print_comparison(names: list[str], table: dict, cfg: Config) -> None:
+    device = torch.device("cuda" if torch.cuda.is_available() and cfg.device != "cpu" else "cpu")
+    times = model.in_turn(role_steps(cfg, {"fm": 0, **dict.fromkeys(names)}, device, cfg.batch), 3, device.type)
+    print(f"\n{cfg.steps} steps of {cfg.batch} images, {cfg.score} samples, unguided, EMA: FD-glyphs / accuracy by network "
+          f"evaluations; time of a step's loss and gradients (of all its roles) in flow-matching steps")
+    print(f"{'objective':>12}" + "".join(f"{steps:>18}" for steps in EVALUATIONS) + f"{'time':>8}")
+    for name in names:
+        scores = [table[name].get(str(steps)) for steps in EVALUATIONS]
+        cost = sum(t for role, t in times.items() if role.split()[0] == name and role.split()[-1] in ("G", "D", "reverse"))
+        print(f"{name:>12}" + "".join(f"{s['fd_glyphs']:>11.2f} /{s['accuracy']:>5.3f}" if s else f"{'-':>18}" for s in scores)
+              + f"{cost / times['fm G']:>7.2f}x")
+    print(f"floor {next(iter(table[names[0]].values()))['floor']:.2f}; wrote {cfg.out}/compare.json and compare.png")
+
+
 def main(argv: list[str] | None = None) -> None:
     given = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     given.add_argument("--loss", default="fm")
@@ -713,6 +781,8 @@ def main(argv: list[str] | None = None) -> None:
     if cfg.benchmark:
         benchmark(cfg)
         return role_costs(cfg)
+    if cfg.compare:
+        return compare(sys.argv[1:] if argv is None else argv, cfg)
     if cfg.resume and (Path(cfg.out) / "last.pt").exists():  # go on as the run was; flags given now have the last word
         was = model.read_checkpoint(Path(cfg.out) / "last.pt").get("config", {})
         cfg = data.parse(Config, argv, __doc__, **{k: v for k, v in was.items() if hasattr(cfg, k) and k not in ("out", "resume")})
