@@ -3010,7 +3010,7 @@ def test_train_compares_objectives(tmp_path, capsys, monkeypatch):
     prints a table; a second call finds it all done; one that was stopped goes on."""
     monkeypatch.setattr(train, "EVALUATIONS", (1, 3))
     flags = (f"--compare fm,afm,carflow --out {tmp_path} --data {SMALL_SET} --batch 8 --score 20 --sample_every 0 --device cpu "
-             f"--log_every 1 --steps").split()
+             f"--log_every 1 --sample_steps 2 --guidance 1 --steps").split()
     train.main([*flags, "2"])
     table = json.loads((tmp_path / "compare.json").read_text())
     assert {name: list(row) for name, row in table.items()} == {"fm": ["1", "3"], "afm": ["1"], "carflow": ["1", "3"]}
