@@ -26,6 +26,7 @@ import hashlib
 import io
 import itertools
 import json
+import math
 import os
 import signal
 import sys
@@ -37,6 +38,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
@@ -508,7 +510,196 @@ def stream(source: Arrays | Files, position_lists: typing.Iterable[list[int]], s
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# 6. Processes, command lines, files
+# 6. The latent codec: SD-VAE
+# --------------------------------------------------------------------------------------------------------------------
+
+
+class _Residual(nn.Module):
+    """x + conv(silu(norm(conv(silu(norm(x)))))), with a 1 x 1 convolution of x where the width changes."""
+
+    def __init__(self, width: int, out: int):
+        super().__init__()
+        self.norm1, self.conv1 = nn.GroupNorm(32, width, eps=1e-6), nn.Conv2d(width, out, 3, padding=1)
+        self.norm2, self.conv2 = nn.GroupNorm(32, out, eps=1e-6), nn.Conv2d(out, out, 3, padding=1)
+        if width != out:
+            self.conv_shortcut = nn.Conv2d(width, out, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        return h + (self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x)
+
+
+class _PixelAttention(nn.Module):
+    """x + attention of its pixels, one head."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.group_norm = nn.GroupNorm(32, width, eps=1e-6)
+        self.to_q, self.to_k, self.to_v = (nn.Linear(width, width) for _ in range(3))
+        self.to_out = nn.ModuleList([nn.Linear(width, width)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.group_norm(x).flatten(2).transpose(1, 2)                                    # (B, h w, W)
+        made = F.scaled_dot_product_attention(self.to_q(tokens), self.to_k(tokens), self.to_v(tokens))
+        return x + self.to_out[0](made).transpose(1, 2).view_as(x)
+
+
+class _Middle(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        self.resnets = nn.ModuleList(_Residual(width, width) for _ in range(2))
+        self.attentions = nn.ModuleList([_PixelAttention(width)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.resnets[1](self.attentions[0](self.resnets[0](x)))
+
+
+class _Scaler(nn.Module):
+    """Half or twice the size: a strided convolution padded below and on the right, or repeated pixels, convolved."""
+
+    def __init__(self, width: int, up: bool):
+        super().__init__()
+        self.up, self.conv = up, nn.Conv2d(width, width, 3, 1 if up else 2, padding=int(up))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0) if self.up else F.pad(x, (0, 1, 0, 1)))
+
+
+class _Level(nn.Module):
+    def __init__(self, width: int, out: int, depth: int, up: bool, scaled: bool):
+        super().__init__()
+        self.resnets = nn.ModuleList(_Residual(width if k == 0 else out, out) for k in range(depth))
+        self.name = "upsamplers" if up else "downsamplers"
+        setattr(self, self.name, nn.ModuleList([_Scaler(out, up)] if scaled else []))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in (*self.resnets, *getattr(self, self.name)):
+            x = layer(x)
+        return x
+
+
+class _Half(nn.Module):
+    """The encoder, or with up=True the decoder: a convolution, levels and the middle (or the other way round), a last one."""
+
+    def __init__(self, inputs: int, widths: list[int], outputs: int, depth: int, up: bool):
+        super().__init__()
+        self.up, last = up, len(widths) - 1
+        self.conv_in = nn.Conv2d(inputs, widths[0], 3, padding=1)
+        levels = nn.ModuleList(_Level(widths[max(0, k - 1)], w, depth, up, k < last) for k, w in enumerate(widths))
+        setattr(self, "up_blocks" if up else "down_blocks", levels)
+        self.mid_block = _Middle(widths[0 if up else -1])
+        self.conv_norm_out = nn.GroupNorm(32, widths[-1], eps=1e-6)
+        self.conv_out = nn.Conv2d(widths[-1], outputs, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv_in(x)
+        for layer in (self.mid_block, *self.up_blocks) if self.up else (*self.down_blocks, self.mid_block):
+            x = layer(x)
+        return self.conv_out(F.silu(self.conv_norm_out(x)))
+
+
+class VAE(nn.Module):
+    """The autoencoder of latent diffusion (arXiv:2112.10752) as sd-vae-ft-ema and -mse: 8 x 8 pixels to 4 numbers.
+
+    Names are those of the official files. Latents are in units of `scale`: about one standard deviation.
+    """
+    scale = 0.18215
+
+    def __init__(self, widths: tuple[int, ...] = (128, 256, 512, 512)):
+        super().__init__()
+        self.encoder = _Half(3, list(widths), 8, 2, up=False)
+        self.decoder = _Half(4, list(widths[::-1]), 3, 3, up=True)
+        self.quant_conv, self.post_quant_conv = nn.Conv2d(8, 8, 1), nn.Conv2d(4, 4, 1)
+
+    def moments(self, images: Tensor) -> Tensor:
+        """Images (B, 3, h, w) in [-1, 1] -> mean and log-variance of their latents, before `scale` (B, 8, h/8, w/8)."""
+        return self.quant_conv(self.encoder(images))
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents (B, 4, h, w) in units of `scale` -> images (B, 3, 8 h, 8 w), in [-1, 1] or a little beyond."""
+        return self.decoder(self.post_quant_conv(latents / self.scale))
+
+
+def latent(moments: Tensor, noise: Tensor) -> Tensor:
+    """A draw of the latent posterior, (mean + std noise) scale: moments (B, 8, h, w), noise (B, 4, h, w)."""
+    mean, log_variance = moments.float().chunk(2, 1)
+    return (mean + (log_variance.clamp(-30, 20) / 2).exp() * noise) * VAE.scale
+
+
+def load_vae(path: str | Path) -> VAE:
+    """The codec from diffusers' .safetensors or .bin, or a .pt of the same names; attention under its old names as well."""
+    path = Path(path).expanduser()
+    if not path.exists():
+        raise FileNotFoundError(f"VAE not found: {path}. Download https://huggingface.co/stabilityai/sd-vae-ft-mse/resolve/main/"
+                                f"diffusion_pytorch_model.safetensors (334,643,276 bytes, sha256 a1d99348...) to {path}")
+    if path.suffix == ".safetensors":
+        weights = read_safetensors(path)
+    else:
+        try:
+            weights = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:
+            raise ValueError(f"{path}: damaged, or not a file of tensors ({type(error).__name__}); get it again") from error
+    old = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+    renamed = {}
+    for key, value in weights.items():
+        stem, _, name = key.rpartition(".")
+        if ".attentions." in key:  # as a 1 x 1 convolution in some files
+            head, _, last = stem.rpartition(".")
+            key, value = f"{head}.{old.get(last, last)}.{name}" if last in old else key, value.squeeze()
+        renamed[key] = value.float()
+    widths = [len(renamed[k]) for k in (f"encoder.down_blocks.{i}.resnets.0.conv1.bias" for i in range(9)) if k in renamed]
+    with torch.device("meta"):
+        vae = VAE(tuple(widths) or (128, 256, 512, 512))
+    own = vae.state_dict()
+    wrong = [k for k in own if k not in renamed or renamed[k].shape != own[k].shape] + [k for k in renamed if k not in own]
+    if wrong:
+        raise ValueError(f"{path}: not an SD-VAE file: {wrong[0]} is missing, unknown or of another shape ({len(wrong)} such)")
+    vae.load_state_dict(renamed, assign=True)
+    return vae.eval().requires_grad_(False)
+
+
+SAFETENSORS_TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+                     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
+                     "BOOL": torch.bool}
+
+
+def read_safetensors(path: str | Path) -> dict[str, Tensor]:
+    """The tensors of a .safetensors file, mapped from disk. ValueError, before anything is read, for a header that lies.
+
+    Layout: uint64 length of the header, header {name: {dtype, shape, data_offsets [begin, end]}} in JSON, bytes.
+    """
+    size = os.path.getsize(path)
+
+    def refuse(what: str):
+        raise ValueError(f"{path}: {what}: damaged, or not a .safetensors file; get it again")
+
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > min(size - 8, 100 << 20):
+            refuse(f"a header of {length:,} bytes in a file of {size:,}")
+        try:
+            header = json.loads(file.read(length))
+            entries = []
+            for name, entry in header.items():
+                if name != "__metadata__":
+                    begin, end = map(int, entry["data_offsets"])
+                    entries.append((name, SAFETENSORS_TYPES[entry["dtype"]], [int(n) for n in entry["shape"]], begin, end))
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            refuse(f"its header cannot be read ({type(error).__name__}: {str(error)[:60]})")
+    last = 0
+    for name, dtype, shape, begin, end in sorted(entries, key=lambda entry: entry[3:]):
+        if min(shape, default=0) < 0 or begin < last or end > size - 8 - length or end - begin != math.prod(shape) * dtype.itemsize:
+            refuse(f"{name} of shape {shape} lies at {begin} to {end} of {size - 8 - length:,} bytes, after {last}")
+        last = end
+    raw = torch.from_numpy(np.memmap(path, np.uint8, "c"))[8 + length:] if entries else torch.empty(0)
+    parts = {name: (raw[begin:end], dtype, shape) for name, dtype, shape, begin, end in entries}
+    return {name: (part.clone() if part.storage_offset() % dtype.itemsize else part).view(dtype).view(shape)
+            for name, (part, dtype, shape) in parts.items()}
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# 7. Processes, command lines, files
 # --------------------------------------------------------------------------------------------------------------------
 
 def start_processes(device: str = "auto") -> torch.device:

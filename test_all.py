@@ -394,6 +394,87 @@ def test_data_required_files_are_explained_and_checked(tmp_path):
     assert data.require_file(path, "weights", "url", 4, digest[:8]) == path
 
 
+def write_safetensors(path, tensors: dict, **header):
+    """A .safetensors file; `header` changes entries of its header."""
+    entries, blobs, at = {"__metadata__": {"format": "pt"}}, [], 0
+    names = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64"}
+    for name, tensor in tensors.items():
+        blobs.append(tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        entries[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [at, at + len(blobs[-1])]}
+        at += len(blobs[-1])
+    for name, change in header.items():
+        entries[name] = entries[name] | change
+    text = json.dumps(entries).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + b"".join(blobs))
+
+
+def test_data_safetensors(tmp_path):
+    """Tensors come back bit for bit, of every type and at odd places; a header that lies is refused before reading."""
+    path = tmp_path / "a.safetensors"
+    tensors = {"a": torch.randn(3, 4), "b": torch.randn(5).half(), "c": torch.randn(2, 1, 3).bfloat16(),
+               "d": torch.arange(4), "e": torch.tensor(2.5), "f": torch.empty(0, 3)}
+    for padding in ("", "x", "xyz"):  # moves the data to other alignments
+        write_safetensors(path, tensors, __metadata__={"note": padding})
+        assert same(data.read_safetensors(path), tensors)
+    write_safetensors(path, {})
+    assert data.read_safetensors(path) == {}
+    for change in (dict(dtype="F64"), dict(dtype="X1"), dict(shape=[3, 5]), dict(shape=[-3, -4]), dict(shape="x"), dict(shape=[10 ** 18]),
+                   dict(data_offsets=[0, 49]), dict(data_offsets=[4, 52]), dict(data_offsets=[-48, 0]),
+                   dict(data_offsets=[10 ** 15, 10 ** 15 + 48]), dict(data_offsets=[48, 0]), dict(data_offsets=[0])):
+        write_safetensors(path, tensors, a=change)
+        raises(lambda: data.read_safetensors(path), "a.safetensors", "get it again")
+    write_safetensors(path, tensors)
+    whole = path.read_bytes()
+    for content in (b"", b"1234", whole[:100], whole[:-1], struct.pack("<Q", 10 ** 18) + whole[8:],
+                    struct.pack("<Q", 20) + b"[" * 20, struct.pack("<Q", 2) + b"[]", struct.pack("<Q", 4) + b"\xff" * 4,
+                    struct.pack("<Q", 100_000) + b"[" * 100_000):
+        path.write_bytes(content)
+        raises(lambda: data.read_safetensors(path), "a.safetensors")
+
+
+@torch.no_grad()
+def test_data_golden_vae():
+    """The official SD-VAE's moments and images on formula weights are met to 1e-4; 248 tensors, 83,653,863 values."""
+    with torch.device("meta"):
+        vae = data.VAE()
+    shapes = {k: tuple(v.shape) for k, v in vae.state_dict().items()}
+    assert len(shapes) == 248 and sum(math.prod(shape) for shape in shapes.values()) == 83_653_863
+    vae.load_state_dict(golden_weights(shapes), assign=True)
+    at = [0, 1, 170, 256, 511]
+    check_golden(vae.moments(wave((1, 3, 64, 64), .0213)), .0562579562, .1794833716, at,
+                 [-.1492293477, -.1553669274, -.1140723154, -.0904052705, .1435607672], 1e-4)
+    check_golden(vae.decode(wave((1, 4, 8, 8), .37) * vae.scale), -.0735035117, .5905132972, [0, 1, 4096, 6144, 12287],
+                 [-.2061313540, -.1775727421, .1083270460, -.3690289557, .2613124549], 1e-4)
+
+
+@torch.no_grad()
+def test_data_vae_files(tmp_path):
+    """All layouts load alike: safetensors and .bin, attention under old names and as convolutions, half precision; the
+    latent is a draw of the posterior in units of 0.18215."""
+    torch.manual_seed(0)
+    vae, x = data.VAE((32, 32, 64, 64)).eval(), torch.randn(2, 3, 32, 32)
+    new, want = vae.state_dict(), vae.moments(x)
+    rename = lambda k: k.replace("to_out.0", "proj_attn").replace("to_q", "query").replace("to_k", "key").replace("to_v", "value")  # noqa: E731
+    old = {rename(k): v[:, :, None, None] if "attentions" in k and v.dim() == 2 else v for k, v in new.items()}
+    for name, weights in (("new", new), ("old", old), ("half", {k: v.half() for k, v in new.items()})):
+        write_safetensors(tmp_path / f"{name}.safetensors", weights)
+        torch.save(weights, tmp_path / f"{name}.bin")
+        for suffix in ("safetensors", "bin"):
+            found = data.load_vae(tmp_path / f"{name}.{suffix}").moments(x)
+            assert torch.equal(found, want) if name != "half" else (found - want).abs().max() < 1e-2
+    assert vae.decode(torch.randn(1, 4, 4, 4)).shape == (1, 3, 32, 32) and want.shape == (2, 8, 4, 4)
+    moments = torch.cat([torch.full((1, 4, 50, 50), 2.), torch.full((1, 4, 50, 50), 2 * math.log(3))], 1)
+    z = data.latent(moments, torch.randn(1, 4, 50, 50)) / 0.18215
+    assert abs(z.mean() - 2) < .1 and abs(z.std() - 3) < .1
+    assert torch.isfinite(data.latent(moments * 1000, torch.ones(1, 4, 50, 50))).all()
+    write_safetensors(tmp_path / "other.safetensors", {"a": torch.ones(1)})
+    torch.save({k: v for k, v in new.items() if "quant" not in k}, tmp_path / "part.bin")
+    (tmp_path / "cut.bin").write_bytes((tmp_path / "new.bin").read_bytes()[:5000])
+    for name in ("other.safetensors", "part.bin", "cut.bin"):
+        assert name in error_of(data.load_vae, tmp_path / name)
+    assert "334,643,276" in error_of(data.load_vae, tmp_path / "absent.safetensors")
+
+
 def test_data_run_alone_writes_a_grid(tmp_path):
     done = run("data.py", "--out", tmp_path / "d.png", "--n", "20", cwd=HERE)
     assert "20,000 images" in done.stdout and "2,000" in done.stdout, done.stderr
