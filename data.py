@@ -11,7 +11,8 @@
 `stream` turns it into training batches: which image stands at which position of the training run is a function of
 (seed, position) only, so any step can be sought at no cost and no number of GPUs or workers changes the order.
 
-Run alone, `python data.py [SOURCE]` draws a labelled grid of the data set and prints its counts.
+Run alone, `python data.py [SOURCE]` draws a labelled grid of the data set and prints its counts; `python data.py encode
+IMAGES OUT --vae FILE` writes latents to train on, on as many processes as torchrun starts.
 
 The file also holds, because every other file may import it: the random numbers (section 1), the one conversion
 between float and uint8 images (section 2), processes and command lines (section 6).
@@ -42,6 +43,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
+from tqdm import tqdm
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
 
@@ -388,7 +390,8 @@ def dataset(source: str, size: int | None = None) -> Arrays | Files:
     """The data set at `source`, its items uint8 (3, size, size), or of their own size where `size` is None.
 
     source: `glyphs` (20,000 training images), `glyphs:SEED` (another draw), a folder of images with or without class
-    subfolders, a zip (EDM), an .npz (ADM, or `images` and `labels`), MNIST idx files, or CIFAR-10's binary files.
+    subfolders, a zip (EDM), an .npz (ADM, or `images` and `labels`), MNIST idx files, CIFAR-10's binary files, or a
+    folder of latents that `encode` wrote.
     """
     if source.split(":")[0] == "glyphs" and not os.path.exists(source):
         seed = source.partition(":")[2] or "0"
@@ -399,6 +402,8 @@ def dataset(source: str, size: int | None = None) -> Arrays | Files:
     if not path.exists():
         raise FileNotFoundError(f"{source}: no such file or folder; expected glyphs, an image folder, .zip, .npz, MNIST "
                                 f"or CIFAR-10 files")
+    if (path / "manifest.json").exists():
+        return Latents(path, size)
     if path.is_dir():
         idx = [p for p in sorted(path.iterdir()) if "images" in p.name and "idx3" in p.name]
         if idx:
@@ -434,10 +439,24 @@ def index_at(n: int, position: int, seed: int) -> int:
     return int(permutation(n, seed, epoch)[offset])
 
 
-class Bank:
-    """Up to `per_class` images of each class, in memory, to draw others of a sample's class from.
+def flipped(items: Tensor, flip: Tensor) -> Tensor:
+    """Items mirrored where flip (B,) says so: images (B, C, h, w), or moments (B, 2, 8, h, w), which have both sides."""
+    if items.dtype == torch.uint8:
+        return torch.where(flip[:, None, None, None], items.flip(3), items)
+    return items[torch.arange(len(items), device=items.device), flip.long()]
 
-    Images uint8 (classes, M, C, h, w) are chosen by the seed; a class with fewer fills its places again and again.
+
+def clean(items: Tensor, draws: Draws, purpose: str = "posterior") -> Tensor:
+    """What a network is trained on: uint8 images as float in [-1, 1], or a draw of the latent of moments (B, 8, h, w)."""
+    if items.dtype == torch.uint8:
+        return to_float(items)
+    return latent(items, draws.normal(purpose, (items.shape[1] // 2, *items.shape[2:])))
+
+
+class Bank:
+    """Up to `per_class` images (or moments) of each class, in memory, to draw others of a sample's class from.
+
+    Items (classes, M, ...) are chosen by the seed; a class with fewer fills its places again and again.
     """
 
     def __init__(self, source: Arrays | Files, per_class: int, seed: int, mirror: bool = False, device="cpu"):
@@ -446,18 +465,42 @@ class Bank:
         for k in range(source.num_classes):
             own = (labels == k).nonzero()[:, 0]
             own = own[torch.randperm(len(own), generator=generator(seed, "bank", k))]
-            chosen.append(torch.stack([source.item(int(own[i % len(own)]))[0] for i in range(largest)])
-                          if len(own) else torch.zeros(largest, *source.shape, dtype=torch.uint8))
-        self.images = torch.stack(chosen).to(device)
+            own = own if len(own) else torch.zeros(1, dtype=torch.int64)  # a class without images: nobody will ask
+            chosen.append(torch.stack([source.item(int(own[i % len(own)]))[0] for i in range(largest)]))
+        self.items = torch.stack(chosen).to(device)
 
     def __call__(self, y: Tensor, draws: Draws, n: int) -> Tensor:
-        """n images of the class of each sample, independent draws: float (B, n, C, h, w) in [-1, 1]."""
-        u = draws.uniform("bank", (n,))
-        images = self.images[y[:, None], (u * self.images.shape[1]).long()]
-        if self.mirror:
-            flips = draws.uniform("bank mirror", (n,)) < 0.5
-            images = torch.where(flips[:, :, None, None, None], images.flip(-1), images)
-        return to_float(images)
+        """n > 0 images of the class of each sample, independent draws: float (B, n, C, h, w) in [-1, 1], or latents."""
+        picks = (draws.uniform("bank", (n,)) * self.items.shape[1]).long()
+        flips = (draws.uniform("bank mirror", (n,)) < 0.5) & self.mirror
+        return torch.stack([clean(flipped(self.items[y, picks[:, k]], flips[:, k]), draws, f"bank posterior {k}")
+                            for k in range(n)], 1)
+
+
+class Latents:
+    """What `encode` wrote: an item is the float16 moments (2, 8, h, w) of an image and of its mirror image."""
+    mirror = True
+
+    def __init__(self, root: Path, size: int | None):
+        about = read_manifest(root)
+        self.size, self.classes, self.shape = about["size"], about["classes"], tuple(about["shape"])
+        if size and size != self.size:
+            raise ValueError(f"{root}: encoded at --size {self.size}, not {size}")
+        shards = [root / f"moments_{k:05d}.npy" for k in range(-(-about["count"] // about["shard"]))]
+        if missing := [p for p in shards if not p.exists()]:
+            raise ValueError(f"{root}: {missing[0].name} is missing ({len(missing)} of {len(shards)}): the same data.py encode "
+                             f"command goes on where it was stopped")
+        self.shards, self.per_shard = [np.load(p, mmap_mode="r") for p in shards], about["shard"]
+        self.labels = np.load(root / "labels.npy")
+
+    num_classes = property(lambda self: len(self.classes))
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def item(self, i: int) -> tuple[Tensor, int]:
+        moments = self.shards[i // self.per_shard][i % self.per_shard]
+        return torch.from_numpy(np.array(moments)), int(self.labels[i])
 
 
 class _Fetcher(torch.utils.data.Dataset):
@@ -499,14 +542,14 @@ def batches(source: Arrays | Files, index_lists: typing.Iterable[list[int]], wor
 
 def stream(source: Arrays | Files, position_lists: typing.Iterable[list[int]], seed: int, mirror: bool = False,
            workers: int = 0):
-    """Training batches (uint8 images, labels, positions) at the given positions of the run, flipped where `mirror`."""
+    """Training batches (uint8 images or float16 moments, labels, positions) at these positions of the run.
+
+    mirror: half of them are flipped.
+    """
     for_indices, for_positions = itertools.tee(position_lists)
     indices = ([index_at(len(source), p, seed) for p in positions] for positions in for_indices)
     for (images, labels), positions in zip(batches(source, indices, workers), for_positions):
-        if mirror:
-            flip = Draws(seed, positions).uniform("flip") < 0.5
-            images = torch.where(flip[:, None, None, None], images.flip(3), images)
-        yield images, labels, positions
+        yield flipped(images, (Draws(seed, positions).uniform("flip") < 0.5) & mirror), labels, positions
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -802,6 +845,15 @@ def run_cli(main) -> None:
         sys.exit(2)
 
 
+def digest(path: str | Path) -> str:
+    """sha256 of a file."""
+    found = hashlib.sha256()
+    with open(Path(path).expanduser(), "rb") as file:
+        while block := file.read(1 << 20):
+            found.update(block)
+    return found.hexdigest()
+
+
 def require_file(path: str | Path, what: str, url: str, size: int, sha256: str) -> Path:
     """The path of a downloaded file, checked. Nothing is ever downloaded: a missing file is explained instead.
 
@@ -813,10 +865,89 @@ def require_file(path: str | Path, what: str, url: str, size: int, sha256: str) 
     found = path.stat().st_size
     if found != size:
         raise ValueError(f"{path}: {found:,} bytes, expected {size:,}: an incomplete download? Get it again from {url}")
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    if not digest.startswith(sha256):
-        raise ValueError(f"{path}: sha256 {digest[:16]}, expected {sha256}: not {what}. Get it again from {url}")
+    if not (own := digest(path)).startswith(sha256):
+        raise ValueError(f"{path}: sha256 {own[:16]}, expected {sha256}: not {what}. Get it again from {url}")
     return path
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# 8. Run alone: look at a data set, or encode it
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Encode:
+    source: str = option("", "images: a folder such as ImageNet's train, a .zip, an .npz, ...")
+    out: str = option("", "the folder of latents to write")
+    vae: str = option("sd-vae-ft-mse.safetensors", "the codec's file")
+    size: int = option(256, "crop and scale images to this many pixels")
+    batch: int = option(16, "images at a time on each process")
+    shard: int = option(4096, "images in one file")
+    workers: int = option(4, "processes that decode images")
+    device: str = option("auto", "where to run", ("auto", "cpu", "cuda", "mps"))
+
+
+@torch.no_grad()
+def encode(cfg: Encode) -> None:
+    """Write the moments of every image and of its mirror image, shard by shard; files that are there are left alone.
+
+    Moments rather than latents, so that training draws from the posterior anew each epoch. Processes share the shards.
+    """
+    device, out = start_processes(cfg.device), Path(cfg.out)
+    vae, ds = load_vae(cfg.vae).to(device), dataset(cfg.source, cfg.size)
+    if cfg.size % 8 or cfg.batch < 1 or cfg.shard < 1:
+        raise ValueError(f"--size {cfg.size} --batch {cfg.batch} --shard {cfg.shard}: expected a multiple of 8, and at least 1")
+    about = dict(source=cfg.source, count=len(ds), classes=list(ds.classes), size=cfg.size, shard=cfg.shard,
+                 shape=[4, cfg.size // 8, cfg.size // 8], scale=VAE.scale, codec=digest(cfg.vae))
+    out.mkdir(parents=True, exist_ok=True)
+    if (out / "manifest.json").exists() and (was := read_manifest(out)) != about:
+        name = next(k for k in about if was.get(k) != about[k])
+        raise ValueError(f"{out}: was begun with {name} {str(was.get(name))[:80]}, not {str(about[name])[:80]}: name a new folder")
+    barrier()
+    if rank() == 0:
+        np.save(out / "labels.npy", np.asarray(ds.labels, np.int64))
+        (out / "manifest.json").write_text(json.dumps(about, indent=2) + "\n")
+    starts = [s for s in range(0, len(ds), cfg.shard) if not _shard(out, s // cfg.shard).exists()][rank()::world()]
+    with tqdm(total=sum(min(cfg.shard, len(ds) - s) for s in starts), desc="encoding", unit="img", disable=rank() > 0) as bar:
+        for start in starts:
+            indices = range(start, min(start + cfg.shard, len(ds)))
+            _encode_shard(vae, ds, indices, _shard(out, start // cfg.shard), cfg, device, bar)
+    barrier()
+    if rank() == 0:
+        print(f"wrote {out}: {len(ds):,} images as latents {tuple(about['shape'])} of {ds.num_classes} classes; train with "
+              f"train.py --data {out} --vae {cfg.vae}")
+
+
+def _shard(out: Path, k: int) -> Path:
+    return out / f"moments_{k:05d}.npy"
+
+
+def _encode_shard(vae: VAE, ds, indices: range, path: Path, cfg: Encode, device, bar) -> None:
+    unfinished = path.with_name(path.stem + ".tmp.npy")
+    side = cfg.size // 8
+    rows = np.lib.format.open_memmap(unfinished, "w+", np.float16, (len(indices), 2, 8, side, side))
+    chunks = [list(indices[k:k + cfg.batch]) for k in range(0, len(indices), cfg.batch)]
+    for chunk, (images, _) in zip(chunks, batches(ds, chunks, cfg.workers)):
+        x = to_float(images.to(device))
+        both = torch.stack([vae.moments(x), vae.moments(x.flip(3))], 1)
+        both[:, :, 4:].clamp_(-30, 20)  # of the log-variance only these values count
+        if not torch.isfinite(both.half()).all():
+            raise ValueError(f"{cfg.vae}: gives latents that are not finite for the images {chunk[0]} to {chunk[-1]}")
+        rows[chunk[0] - indices[0]:chunk[-1] - indices[0] + 1] = both.half().cpu().numpy()
+        bar.update(len(chunk))
+    rows.flush()
+    os.replace(unfinished, path)
+
+
+def read_manifest(root: Path) -> dict:
+    """What `encode` says of a folder of latents."""
+    try:
+        about = json.loads((root / "manifest.json").read_text())
+        if not {"count", "classes", "size", "shard", "shape", "scale", "codec"} <= about.keys():
+            raise ValueError("an entry is missing")
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{root}/manifest.json: not one of data.py encode ({error})") from error
+    return about
 
 
 @dataclasses.dataclass
@@ -828,6 +959,13 @@ class Config:
 
 
 def main(argv: list[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["encode"]:
+        cfg = parse(Encode, argv[1:], "Encode images as latents for training.", ("source", "out"))
+        if not cfg.source or not cfg.out:
+            raise ValueError("usage: python data.py encode IMAGES OUT --vae FILE")
+        encode(cfg)
+        return stop_processes()
     cfg = parse(Config, argv, "Look at a data set: a labelled grid of its images, and its counts.", ("source",))
     ds = dataset(cfg.source, cfg.size or None)
     shown = torch.linspace(0, len(ds) - 1, min(cfg.n, len(ds))).long().tolist()

@@ -138,7 +138,8 @@ def pafm(net, x: Tensor, y: Tensor, draws: data.Draws, cfg, bank) -> tuple[Tenso
     e = draws.normal("noise", x.shape[1:])
     x_t = interpolate(x, e, t)
 
-    mean, spread = posterior_mean(x, e, t, bank(y, draws, cfg.candidates - 1))
+    others = bank(y, draws, cfg.candidates - 1) if cfg.candidates > 1 else x[:, None][:, :0]
+    mean, spread = posterior_mean(x, e, t, others)
     v = velocity_target(net, x, e, x_t, t)
     v = v + (x - mean) / t.clamp_min(net.t_min if net.predict == "x" else 1e-3).view(-1, *[1] * (x.dim() - 1))
 

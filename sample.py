@@ -30,7 +30,8 @@ from data import option
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def guided(net, guidance: float = 1.0, interval: tuple[float, float] = (0.0, 1.0), reference=None) -> typing.Callable:
+def guided(net, guidance: float = 1.0, interval: tuple[float, float] = (0.0, 1.0), reference=None,
+           channels: int = 0) -> typing.Callable:
     """The velocity field (x (B, ...), t float, y (B,), r float) -> v with guidance s inside the interval, plain outside:
 
         v = v_ref + s (v_net - v_ref)   for low <= t <= high
@@ -39,7 +40,8 @@ def guided(net, guidance: float = 1.0, interval: tuple[float, float] = (0.0, 1.0
 
     Without `reference`, v_ref is the same network under the null label: classifier-free guidance (arXiv:2207.12598, in
     the form where s = 1 is no guidance) in an interval (arXiv:2404.07724). With `reference`, a smaller or less trained
-    network, v_ref is its velocity under the same label: autoguidance (arXiv:2406.02507).
+    network, v_ref is its velocity under the same label: autoguidance (arXiv:2406.02507). channels: how many are guided,
+    the first ones; 0 is all. (DiT's and SiT's own code guides 3 of their 4, and so do their published figures.)
     """
     low, high = interval
     if not 0 <= low <= high <= 1:
@@ -57,7 +59,8 @@ def guided(net, guidance: float = 1.0, interval: tuple[float, float] = (0.0, 1.0
         else:  # both in one call: faster than two
             null = torch.full_like(y, net.num_classes)
             v, v_ref = net(*(torch.cat(pair) for pair in ((x, x), (start, start), (y, null), (end, end)))).chunk(2)
-        return v_ref + guidance * (v - v_ref)
+        v_guided = v_ref + guidance * (v - v_ref)
+        return torch.cat([v_guided[:, :channels], v[:, channels:]], 1) if channels else v_guided
 
     return velocity
 
@@ -131,7 +134,7 @@ SOLVERS = {"euler": euler, "heun": heun, "ab2": ab2, "sde": sde}
 @torch.no_grad()
 def sample(net, e: Tensor, y: Tensor, steps: int, solver: str = "euler", guidance: float = 1.0,
            interval: tuple[float, float] = (0.0, 1.0), reference=None, shift: float = 1.0, rho: float = 1.0,
-           draws: data.Draws | None = None) -> Tensor:
+           channels: int = 0, draws: data.Draws | None = None) -> Tensor:
     """Samples (B, C, h, w) from noise e of that shape, float32 or wider, and labels y (B,).
 
     net: velocity network. See `guided`, `time_grid` and SOLVERS for the options; `draws` is needed by `sde` only.
@@ -142,7 +145,7 @@ def sample(net, e: Tensor, y: Tensor, steps: int, solver: str = "euler", guidanc
         raise ValueError(f"steps {steps}, guidance {guidance:g}: this network knows no time, it jumps from noise to data: use "
                          f"--steps 1 --solver euler --guidance 1")
     state = e.to(torch.promote_types(e.dtype, torch.float32))
-    return SOLVERS[solver](guided(net, guidance, interval, reference), state, y, time_grid(steps, shift, rho), draws)
+    return SOLVERS[solver](guided(net, guidance, interval, reference, channels), state, y, time_grid(steps, shift, rho), draws)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -159,15 +162,18 @@ def labels_for(n: int, num_classes: int, classes: list[int] | None = None) -> Te
     return torch.tensor(classes)[torch.arange(n) % len(classes)]
 
 
-def generate(net, labels: Tensor, seed: int, batch: int = 250, progress: str = "", **options):
+def generate(net, labels: Tensor, seed: int, batch: int = 250, progress: str = "", codec: data.VAE | None = None,
+             **options):
     """Yield (indices, uint8 images (b, 3, h, w)) of this process's share of the samples 0 .. len(labels) - 1.
 
-    net: a model.DiT on its device; `options` go to `sample`. Batches keep their composition whatever the number of
-    processes, and noise is drawn on the CPU: the images do not depend on the machine beyond its arithmetic.
+    net: a model.DiT on its device; codec: what makes images of its latents; `options` go to `sample`. Batches keep their
+    composition whatever the number of processes, and noise is drawn on the CPU: the images do not depend on the machine
+    beyond its arithmetic.
     """
     shape, device = net.shape, next(net.parameters()).device
-    if shape[0] != 3:
-        raise ValueError(f"this network makes latents of {shape[0]} channels, and triflow cannot decode latents yet")
+    if shape[0] != 3 and codec is None:
+        raise ValueError(f"this network makes latents of {shape[0]} channels: give the codec that decodes them, "
+                         f"--vae sd-vae-ft-mse.safetensors")
     starts = range(data.rank() * batch, len(labels), data.world() * batch)
     with tqdm(total=len(labels), desc=progress, unit="img", disable=not progress or data.rank() > 0) as bar:
         for start in starts:
@@ -175,12 +181,20 @@ def generate(net, labels: Tensor, seed: int, batch: int = 250, progress: str = "
             draws = data.Draws(seed, indices)
             e = draws.normal("sample noise", shape).to(device)
             x = sample(net, e, labels[indices].to(device), draws=draws, **options)
+            if codec:
+                with torch.no_grad():
+                    x = torch.cat([codec.decode(part) for part in x.float().split(8)])  # few at a time: memory
             yield indices, data.to_uint8(x).cpu()
             bar.update(min(len(indices) * data.world(), bar.total - bar.n))
 
 
+def image_shape(net, codec: data.VAE | None = None) -> tuple[int, int, int]:
+    """(3, h, w) of the images that come of a network's output."""
+    return (3, 8 * net.shape[1], 8 * net.shape[2]) if codec else net.shape
+
+
 def describe(steps: int, solver: str, guidance: float, interval: tuple[float, float] = (0.0, 1.0),
-             reference: str = "", shift: float = 1.0, rho: float = 1.0) -> str:
+             reference: str = "", shift: float = 1.0, rho: float = 1.0, channels: int = 0) -> str:
     """How samples were made, in words, to stand beside every number computed from them."""
     calls = 2 * steps - 1 if solver == "heun" else steps
     text = f"{solver}, {steps} steps, {calls} network evaluations"
@@ -190,7 +204,8 @@ def describe(steps: int, solver: str, guidance: float, interval: tuple[float, fl
         return text + ", no guidance"
     kind = f"autoguidance by {reference}" if reference else "guidance"
     where = "" if interval == (0.0, 1.0) else f" on t in [{interval[0]:g}, {interval[1]:g}]"
-    return f"{text} (doubled where guided), {kind} {guidance:g}{where}"
+    of = f" of the first {channels} channels" if channels else ""
+    return f"{text} (doubled where guided), {kind} {guidance:g}{of}{where}"
 
 
 def own_settings(path: Path) -> dict:
@@ -224,6 +239,8 @@ class Config:
     seed: int = option(0, "sample i depends on (seed, i) only")
     batch: int = option(250, "samples at a time on each process")
     stages: bool = option(False, "cat: show all stages of each sample, in a row from first to last")
+    vae: str = option("", "the codec's file, for networks of latents: sd-vae-ft-mse.safetensors")
+    guide_channels: int = option(0, "guide only the first so many channels; 0: all (official DiT and SiT figures: 3)")
     ema: bool = option(True, "use the averaged weights")
     device: str = option("auto", "where to run", ("auto", "cpu", "cuda", "mps"))
     out: str = option("samples.png", "a .png grid, an ADM-layout .npz, or a folder for PNG files")
@@ -258,9 +275,10 @@ def main(argv: list[str] | None = None) -> None:
     if cfg.stages:
         return write_stages(net, labels, cfg)
     options = dict(steps=cfg.steps, solver=cfg.solver, guidance=cfg.guidance, shift=cfg.shift, rho=cfg.rho,
-                   interval=(cfg.guidance_low, cfg.guidance_high))
-    write_samples(generate(net, labels, cfg.seed, cfg.batch, "sampling", reference=reference, **options),
-                  labels, net.shape, Path(cfg.out))
+                   interval=(cfg.guidance_low, cfg.guidance_high), channels=cfg.guide_channels)
+    codec = data.load_vae(cfg.vae).to(device) if cfg.vae else None
+    write_samples(generate(net, labels, cfg.seed, cfg.batch, "sampling", codec, reference=reference, **options),
+                  labels, image_shape(net, codec), Path(cfg.out))
     if data.rank() == 0:
         print(f"wrote {cfg.out}: {cfg.n:,} samples, {describe(reference=cfg.reference, **options)}, "
               f"{'EMA' if cfg.ema else 'last'} weights, seed {cfg.seed}")

@@ -50,8 +50,9 @@ class Config:
     loss: str = option("fm", "the training objective", tuple(losses.LOSSES))
     model: str = option("glyph-S", "a network of the zoo: python model.py lists them")
     predict: str = option("", "what the last layer predicts: v, x, or the model's own choice", ("", "v", "x"))
-    data: str = option("glyphs", "glyphs, an image folder, .zip, .npz, MNIST or CIFAR-10 files")
-    size: int = option(32, "images are cropped and scaled to this many pixels")
+    data: str = option("glyphs", "glyphs, an image folder, .zip, .npz, MNIST or CIFAR-10 files, or latents of data.py encode")
+    size: int = option(32, "images are cropped and scaled to this many pixels; 0: as they are (latents)")
+    vae: str = option("", "the codec's file, to look at samples of latents: sd-vae-ft-mse.safetensors")
     mirror: str = option("auto", "flip images left-right at random; auto: photographs, not digits",
                               ("auto", "on", "off"))
     workers: int = option(-1, "processes that decode image files; -1: up to 4 for files, none for arrays")
@@ -137,7 +138,7 @@ class Loss(nn.Module):
     def forward(self, images: Tensor, labels: Tensor, positions: list[int]) -> tuple[Tensor, dict]:
         draws = data.Draws(self.cfg.seed, positions, images.device)
         now = scheduled(self.cfg, positions[0] // self.cfg.batch)
-        return self.objective(self.net, data.to_float(images), labels, draws, now, *self.others)
+        return self.objective(self.net, data.clean(images, draws), labels, draws, now, *self.others)
 
 
 def micro_batch(cfg: Config) -> int:
@@ -409,15 +410,16 @@ def sampling(cfg: Config, guidance: float) -> dict:
     return flow | losses.LOSSES[cfg.loss].sampling(dataclasses.asdict(cfg))
 
 
-def write_grid(ema: nn.Module, cfg: Config, path: Path, rows: int = 4) -> None:
+def write_grid(ema: nn.Module, cfg: Config, path: Path, codec: data.VAE | None, rows: int = 4) -> None:
     """A guided sample grid, one column for each of up to ten classes (ten columns of one), always from the same noise."""
-    if not losses.LOSSES[cfg.loss].draws_images:
+    if not losses.LOSSES[cfg.loss].draws_images or ema.shape[0] != 3 and codec is None:
         return
     shown = min(10, ema.num_classes)
     columns = shown if shown > 1 else 10
     labels = sample.labels_for(rows * columns, ema.num_classes, list(range(shown)))
-    made = sample.generate(ema, labels, cfg.seed, len(labels), **sampling(cfg, cfg.guidance if ema.null_class else 1.0))
-    sample.write_samples(made, labels, ema.shape, path, columns)
+    options = sampling(cfg, cfg.guidance if ema.null_class else 1.0)
+    made = sample.generate(ema, labels, cfg.seed, len(labels), codec=codec, **options)
+    sample.write_samples(made, labels, sample.image_shape(ema, codec), path, columns)
 
 
 def score(ema: nn.Module, cfg: Config) -> dict:
@@ -514,7 +516,10 @@ def train(cfg: Config) -> dict:
     (out / "samples").mkdir(parents=True, exist_ok=True)
 
     # Data, networks and optimizers: a pair for each role of the objective.
-    source = data.dataset(cfg.data, cfg.size)
+    source = data.dataset(cfg.data, cfg.size or None)
+    codec = data.load_vae(cfg.vae).to(device) if cfg.vae else None
+    if source.shape[0] == 4 and not codec:
+        fid.note("no --vae, so no pictures of samples: give the codec's file to see them")
     mirror = source.mirror if cfg.mirror == "auto" else cfg.mirror == "on"
     objective = losses.LOSSES[cfg.loss]
     nets = {"G": build(cfg, source, device)}
@@ -591,7 +596,7 @@ def train(cfg: Config) -> dict:
                 if keep:
                     shutil.copyfile(out / "last.pt", out / f"step_{done:07d}.pt")
             if show and not stopped:
-                write_grid(ema, cfg, out / "samples" / f"{done:07d}.png")
+                write_grid(ema, cfg, out / "samples" / f"{done:07d}.png", codec)
                 log.since = time.perf_counter()
             if stopped:
                 break
@@ -599,12 +604,12 @@ def train(cfg: Config) -> dict:
         if data.rank() == 0:
             print(f"stopped by a signal after step {done}; saved {out / 'last.pt'}. Go on with --resume")
         return {}
-    return finish(ema, cfg, out, time.perf_counter() - began)
+    return finish(ema, cfg, out, time.perf_counter() - began, codec)
 
 
-def finish(ema: nn.Module, cfg: Config, out: Path, seconds: float) -> dict:
+def finish(ema: nn.Module, cfg: Config, out: Path, seconds: float, codec: data.VAE | None) -> dict:
     """The last grid, and final.json with the scores."""
-    write_grid(ema, cfg, out / "samples" / "final.png")
+    write_grid(ema, cfg, out / "samples" / "final.png", codec)
     result = {"steps": cfg.steps, "images_seen": cfg.steps * cfg.batch, "training_seconds": round(seconds, 1)}
     if scored(cfg):
         result["scores"] = score(ema, cfg)
