@@ -10,12 +10,16 @@ label and, for the SDE, the noise of every step, so batches and GPUs can be spli
     torchrun --nproc_per_node=2 sample.py ...                  the same images from two processes
 """
 import dataclasses
+import functools
+import math
 import os
 import typing
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn as nn
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
@@ -149,7 +153,100 @@ def sample(net, e: Tensor, y: Tensor, steps: int, solver: str = "euler", guidanc
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# 3. Many samples
+# 3. More from a trained network: two of them in turn, search for noise and for times, classification
+# --------------------------------------------------------------------------------------------------------------------
+
+
+class Stitched(nn.Module):
+    """T-Stitch (arXiv:2402.14167): the small network for the first `share` of the way from noise, then the large one.
+
+    Networks trained on the same data agree at much noise, so up to a share of 0.4 or so costs nothing but is cheaper.
+    """
+
+    def __init__(self, large: nn.Module, small: nn.Module, share: float):
+        super().__init__()
+        if small.shape != large.shape or small.num_classes != large.num_classes or not 0 <= share <= 1:
+            raise ValueError(f"--stitch: networks of {small.shape} with {small.num_classes} classes and of {large.shape} with "
+                             f"{large.num_classes}, share {share}: expected the same data, and a share in [0, 1]")
+        self.large, self.small, self.share = large, small, share
+        self.shape, self.num_classes = large.shape, large.num_classes
+        self.null_class = large.null_class and small.null_class
+
+    def forward(self, x_t: Tensor, t: Tensor, y: Tensor, r: Tensor | None = None) -> Tensor:
+        net = self.small if t[0] > 1 - self.share else self.large  # a solver's times are the same for all samples
+        return net(x_t, t, y, r)
+
+
+@torch.no_grad()
+def best_of(n: int, make: typing.Callable, verifier: typing.Callable, y: Tensor, draws: data.Draws, shape: tuple) -> Tensor:
+    """Random search (arXiv:2501.09732): of n noises for each sample, that (B, ...) whose result the verifier likes best.
+
+    make (e, y) -> x; verifier (x, y) -> scores (B,). It costs n times the network evaluations, and a verifier searched
+    hard enough gets what it likes rather than good samples: look at diversity too.
+    """
+    best, found = None, None
+    for k in range(n):
+        e = draws.normal("sample noise" if k == 0 else f"search {k}", shape)
+        score = verifier(make(e, y), y)
+        better = score > best if k else torch.ones_like(score, dtype=torch.bool)
+        found = torch.where(better.view(-1, *[1] * len(shape)), e, found) if k else e
+        best = torch.where(better, score, best) if k else score
+    return found
+
+
+@torch.no_grad()
+def search_nearby(rounds: int, reach: float, e: Tensor, make: typing.Callable, verifier: typing.Callable, y: Tensor,
+                  draws: data.Draws) -> Tensor:
+    """Zero-order search (arXiv:2501.09732): from e to sqrt(1 - reach^2) e + reach n, a noise as well, where that is better."""
+    best = verifier(make(e, y), y)
+    for k in range(rounds):
+        moved = math.sqrt(1 - reach ** 2) * e + reach * draws.normal(f"nearby {k}", e.shape[1:]).to(e)
+        score = verifier(make(moved, y), y)
+        e = torch.where((score > best).view(-1, *[1] * (e.dim() - 1)), moved, e)
+        best = torch.maximum(score, best)
+    return e
+
+
+@torch.no_grad()
+def classify(net, x: Tensor, draws: data.Draws, classes: int, pairs: int = 64) -> Tensor:
+    """Diffusion classifier (arXiv:2303.16203): minus the mean flow-matching error of x under each class, (B, classes).
+
+    All classes see the same `pairs` of times (evenly spread) and noises, so that their differences are those of classes.
+    """
+    score = x.new_zeros(len(x), classes)
+    for k in range(pairs):
+        t, e = x.new_full((len(x),), (k + 0.5) / pairs), draws.normal(f"classify {k}", x.shape[1:]).to(x)
+        x_t = losses.interpolate(x, e, t)
+        for c in range(classes):
+            error = net(x_t, t, torch.full((len(x),), c, device=x.device)) - (e - x)
+            score[:, c] -= error.square().flatten(1).mean(1) / pairs
+    return score
+
+
+@torch.no_grad()
+def search_times(make: typing.Callable, exact: Tensor, start: list[float], rounds: int = 30, children: int = 8,
+                 seed: int = 0) -> list[float]:
+    """Times for few steps (after AutoDiffusion, arXiv:2309.10438): evolution of the grid `start` towards the result `exact`.
+
+    make (times) -> x from fixed noise. Each round moves the inner times of the best grid at random, sorts them and keeps the
+    best. paper: FID is what counts, also layers are dropped; here: the distance to what many steps give.
+    """
+    def error(times):
+        return (make(times) - exact).square().mean().item()
+
+    best, least, rng = start, error(start), data.generator(seed, "search times")
+    for k in range(rounds):
+        size = 0.3 * 0.9 ** k / (len(start) - 1) ** 0.5
+        for _ in range(children):
+            inner = torch.tensor(best[1:-1]) + size * torch.randn(len(start) - 2, generator=rng)
+            times = [best[0], *inner.clamp(1e-3, 0.999).sort(descending=True).values.tolist(), best[-1]]
+            if (found := error(times)) < least:
+                best, least = times, found
+    return best
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# 4. Many samples
 # --------------------------------------------------------------------------------------------------------------------
 
 
@@ -163,10 +260,11 @@ def labels_for(n: int, num_classes: int, classes: list[int] | None = None) -> Te
 
 
 def generate(net, labels: Tensor, seed: int, batch: int = 250, progress: str = "", codec: data.VAE | None = None,
-             **options):
+             best: int = 1, verifier: typing.Callable | None = None, **options):
     """Yield (indices, uint8 images (b, 3, h, w)) of this process's share of the samples 0 .. len(labels) - 1.
 
-    net: a model.DiT on its device; codec: what makes images of its latents; `options` go to `sample`. Batches keep their
+    net: a model.DiT on its device; codec: what makes images of its latents; best, verifier: see `best_of`; `options` go to
+    `sample`. Batches keep their
     composition whatever the number of processes, and noise is drawn on the CPU: the images do not depend on the machine
     beyond its arithmetic.
     """
@@ -179,13 +277,18 @@ def generate(net, labels: Tensor, seed: int, batch: int = 250, progress: str = "
         for start in starts:
             indices = list(range(start, min(start + batch, len(labels))))
             draws = data.Draws(seed, indices)
-            e = draws.normal("sample noise", shape).to(device)
-            x = sample(net, e, labels[indices].to(device), draws=draws, **options)
+            y, make = labels[indices].to(device), functools.partial(_make, net, draws, device, options)
+            e = best_of(best, make, verifier, y, draws, shape) if best > 1 else draws.normal("sample noise", shape)
+            x = make(e, y)
             if codec:
                 with torch.no_grad():
                     x = torch.cat([codec.decode(part) for part in x.float().split(8)])  # few at a time: memory
             yield indices, data.to_uint8(x).cpu()
             bar.update(min(len(indices) * data.world(), bar.total - bar.n))
+
+
+def _make(net, draws: data.Draws, device, options: dict, e: Tensor, y: Tensor) -> Tensor:
+    return sample(net, e.to(device), y, draws=draws, **options)
 
 
 def image_shape(net, codec: data.VAE | None = None) -> tuple[int, int, int]:
@@ -194,10 +297,10 @@ def image_shape(net, codec: data.VAE | None = None) -> tuple[int, int, int]:
 
 
 def describe(steps: int, solver: str, guidance: float, interval: tuple[float, float] = (0.0, 1.0),
-             reference: str = "", shift: float = 1.0, rho: float = 1.0, channels: int = 0) -> str:
+             reference: str = "", shift: float = 1.0, rho: float = 1.0, channels: int = 0, more: str = "") -> str:
     """How samples were made, in words, to stand beside every number computed from them."""
     calls = 2 * steps - 1 if solver == "heun" else steps
-    text = f"{solver}, {steps} steps, {calls} network evaluations"
+    text = f"{solver}, {steps} steps, {calls} network evaluations{more}"
     if shift != 1 or rho != 1:
         text += f", grid shift {shift:g} rho {rho:g}"
     if guidance == 1:
@@ -241,6 +344,10 @@ class Config:
     stages: bool = option(False, "cat: show all stages of each sample, in a row from first to last")
     vae: str = option("", "the codec's file, for networks of latents: sd-vae-ft-mse.safetensors")
     guide_channels: int = option(0, "guide only the first so many channels; 0: all (official DiT and SiT figures: 3)")
+    stitch: str = option("", "a smaller network that takes the first part of the way, where there is much noise")
+    stitch_share: float = option(0.4, "how much of the way it takes")
+    best_of: int = option(1, "noises tried for each sample; the result that --verifier likes best stays")
+    verifier: str = option("", "a run of train.py --loss classifier")
     ema: bool = option(True, "use the averaged weights")
     device: str = option("auto", "where to run", ("auto", "cpu", "cuda", "mps"))
     out: str = option("samples.png", "a .png grid, an ADM-layout .npz, or a folder for PNG files")
@@ -277,12 +384,31 @@ def main(argv: list[str] | None = None) -> None:
     options = dict(steps=cfg.steps, solver=cfg.solver, guidance=cfg.guidance, shift=cfg.shift, rho=cfg.rho,
                    interval=(cfg.guidance_low, cfg.guidance_high), channels=cfg.guide_channels)
     codec = data.load_vae(cfg.vae).to(device) if cfg.vae else None
-    write_samples(generate(net, labels, cfg.seed, cfg.batch, "sampling", codec, reference=reference, **options),
-                  labels, image_shape(net, codec), Path(cfg.out))
+    more = ""
+    if cfg.stitch:
+        small = model.load(find_checkpoint(cfg.stitch), ema=cfg.ema).to(device).eval()
+        net, more = Stitched(net, small, cfg.stitch_share), f", those at t > {1 - cfg.stitch_share:g} of {cfg.stitch}"
+    verifier = load_verifier(cfg, net, device)
+    more += f", best of {cfg.best_of} noises by {cfg.verifier}" if verifier else ""
+    made = generate(net, labels, cfg.seed, cfg.batch, "sampling", codec, cfg.best_of, verifier, reference=reference, **options)
+    write_samples(made, labels, image_shape(net, codec), Path(cfg.out))
     if data.rank() == 0:
-        print(f"wrote {cfg.out}: {cfg.n:,} samples, {describe(reference=cfg.reference, **options)}, "
+        print(f"wrote {cfg.out}: {cfg.n:,} samples, {describe(reference=cfg.reference, more=more, **options)}, "
               f"{'EMA' if cfg.ema else 'last'} weights, seed {cfg.seed}")
     data.stop_processes()
+
+
+def load_verifier(cfg: Config, net, device: torch.device) -> typing.Callable | None:
+    """log p(y | x) of a classifier, at t = 0; None where nothing is searched."""
+    if cfg.best_of == 1 and not cfg.verifier:
+        return None
+    if cfg.best_of < 2 or not cfg.verifier:
+        raise ValueError(f"--best_of {cfg.best_of} --verifier {cfg.verifier or '(none)'}: a search needs both, at least two "
+                         f"noises and a run of train.py --loss classifier")
+    C = model.load(find_checkpoint(cfg.verifier), ema=cfg.ema).to(device).eval()
+    if not isinstance(C, model.Classifier) or (C.shape, C.num_classes) != (net.shape, net.num_classes):
+        raise ValueError(f"--verifier {cfg.verifier}: expected a run of train.py --loss classifier on the same data")
+    return lambda x, y: -F.cross_entropy(C(x, x.new_zeros(len(x))), y, reduction="none")
 
 
 @torch.no_grad()

@@ -2300,6 +2300,82 @@ def test_sample_guidance_sharpens_as_theory_says():
     assert abs(auto[0] - 1.5) < .01 and auto[1] < .35
 
 
+class Width(nn.Module):
+    """The exact velocity of TWO_MODES with deviations `factor` times as large, as a network of points."""
+    shape, num_classes, null_class = (1,), 2, False
+
+    def __init__(self, factor):
+        super().__init__()
+        self.mixture, self.calls = dataclasses.replace(TWO_MODES, stds=factor * TWO_MODES.stds), 0
+
+    def forward(self, x_t, t, y, r=None):
+        self.calls += 1
+        return self.mixture.velocity(x_t, t.double(), y)
+
+
+def test_sample_stitching():
+    """Shares 0 and 1 are one network alone; between, each is called for its part of the way. A small network that has the
+    modes 1.6 times too wide does no harm up to 0.4, and more and more beyond."""
+    e, y, stds = quantile_noise(400), torch.zeros(400, dtype=torch.int64), {}
+    for share in (0, .2, .4, .6, .8, 1):
+        large, small = Width(1.0), Width(1.6)
+        x = sample.sample(sample.Stitched(large, small, share), e, y, 50)
+        assert (large.calls, small.calls) == (50 - round(50 * share), round(50 * share))
+        stds[share] = x.std().item()
+    alone = sample.sample(Width(1.0), e, y, 50)
+    assert torch.equal(sample.sample(sample.Stitched(Width(1.0), Width(1.6), 0), e, y, 50), alone)
+    assert abs(stds[0.4] / stds[0] - 1) < 0.1 and stds[0] < stds[.4] < stds[.6] < stds[.8] < stds[1] and stds[1] > 1.5 * stds[0], stds
+    raises(lambda: sample.Stitched(Width(1), Width(1), 1.5), "share 1.5")
+    raises(lambda: sample.Stitched(Width(1), tiny(), 0.5), "same data")
+
+
+def test_sample_search():
+    """More noises, better scores, from the sample's own noise on; a step nearby never makes it worse and keeps the noise
+    normal; samples do not look at each other."""
+    y, draws = torch.zeros(2000, dtype=torch.int64), data.Draws(0, range(2000))
+    make, verifier = lambda e, y: 2 * e + 1, lambda x, y: -(x[:, 0] - 1.5).square()  # noqa: E731
+    found = {n: sample.best_of(n, make, verifier, y, draws, (1,)) for n in (1, 2, 4, 16)}
+    scores = [verifier(make(e, y), y).mean().item() for e in found.values()]
+    assert torch.equal(found[1], draws.normal("sample noise", (1,))) and scores == sorted(scores) and scores[-1] > scores[0] / 50
+    assert torch.equal(found[4][7:9], sample.best_of(4, make, verifier, y[7:9], data.Draws(0, [7, 8]), (1,)))
+    e = found[1]
+    before = verifier(make(e, y), y)
+    for rounds in (1, 10):
+        moved = sample.search_nearby(rounds, 0.5, e, make, verifier, y, draws)
+        after = verifier(make(moved, y), y)
+        assert (after >= before).all() and after.mean() > before.mean()
+        before = after
+    free = sample.search_nearby(1, 0.5, e, make, lambda x, y: torch.zeros(len(x)).add_(1 if (x != make(e, y)).any() else 0), y, draws)
+    assert abs(free.std() - 1) < 0.05 and abs((free * e).mean() - math.sqrt(0.75)) < 0.05
+
+
+def test_sample_classify():
+    """The diffusion classifier with exact velocities of two overlapping Gaussians: mostly the exact answer, more so with
+    more pairs, which are the same for every class."""
+    mixture = losses.Mixture(torch.tensor([[-.5], [.5]]).double(), torch.tensor([.5, .5]).double(), torch.tensor([.5, .5]).double())
+    net = lambda x_t, t, y, r=None: mixture.velocity(x_t, t, y)  # noqa: E731
+    x, _ = mixture.sample(1500, data.generator("classify"))
+    draws, right = data.Draws(0, range(1500)), (x[:, 0] > 0).long()
+    agree = {k: (sample.classify(net, x, draws, 2, k).argmax(1) == right).float().mean().item() for k in (2, 4, 16)}
+    assert 0.8 < agree[2] < agree[4] < agree[16] and agree[16] > 0.94, agree
+    swapped = sample.classify(lambda x_t, t, y: net(x_t, t, 1 - y), x, draws, 2, 4)
+    assert torch.equal(swapped.flip(1), sample.classify(net, x, draws, 2, 4))
+
+
+def test_sample_search_times():
+    """Four steps found by search come nearer to the exact end than four even ones; the ends stay, times fall, a seed
+    gives one answer."""
+    e, y = quantile_noise(100), torch.zeros(100, dtype=torch.int64)
+    velocity = sample.guided(ExactNet(TWO_MODES))
+    make = lambda times: sample.euler(velocity, e, y + 2, times)  # noqa: E731
+    exact = TWO_MODES.flow(e, torch.ones(100).double(), torch.zeros(100).double())
+    even = sample.time_grid(4)
+    found = sample.search_times(make, exact, even, rounds=12)
+    assert found[0] == 1 and found[-1] == 0 and found == sorted(found, reverse=True) and len(found) == 5
+    assert (make(found) - exact).square().mean() < 0.9 * (make(even) - exact).square().mean()
+    assert found == sample.search_times(make, exact, even, rounds=12)
+
+
 def test_sample_i_depends_on_seed_and_i_only():
     """Batches may be split in any way: the same images; another seed gives others; the SDE's noise too."""
     net = tiny(predict="x")
@@ -3052,6 +3128,23 @@ def test_train_afm_any_steps_deep_and_guided(tmp_path, capsys):
     run("judge", loss="classifier", augment=0.4, score=10)
     assert not (tmp_path / "judge/samples/final.png").exists() and "scores" not in json.loads((tmp_path / "judge/final.json").read_text())
     raises(lambda: sample.main([str(tmp_path / "judge")]), "judge", "makes no images")
+    judge, out = str(tmp_path / "judge"), tmp_path / "best.npz"
+    sample.main([str(tmp_path / "any"), "--steps", "1", "--n", "6", "--best_of", "3", "--verifier", judge, "--out", str(out)])
+    assert "best of 3 noises" in capsys.readouterr().out
+    sample.main([str(tmp_path / "any"), "--steps", "1", "--n", "6", "--out", str(tmp_path / "first.npz")])
+    C, score = model.load(tmp_path / "judge/last.pt"), {}
+    for name in ("best", "first"):
+        with np.load(tmp_path / f"{name}.npz") as file, torch.no_grad():
+            x = data.to_float(torch.from_numpy(file["arr_0"]).permute(0, 3, 1, 2))
+            score[name] = -nn.functional.cross_entropy(C(x, torch.zeros(6)), torch.from_numpy(file["arr_1"]), reduction="none")
+    assert score["best"].mean() > score["first"].mean()
+    raises(lambda: sample.main([str(tmp_path / "any"), "--best_of", "3"]), "--best_of 3", "both")
+    raises(lambda: sample.main([str(tmp_path / "any"), "--best_of", "3", "--verifier", str(tmp_path / "any")]), "--verifier")
+    run("small", loss="fm", steps=1)
+    run("large", loss="fm", steps=1)
+    capsys.readouterr()
+    sample.main([str(tmp_path / "large"), "--steps", "4", "--n", "2", "--stitch", str(tmp_path / "small"), "--out", str(tmp_path / "a.png")])
+    assert "those at t > 0.6 of" in capsys.readouterr().out
     run("guided", classifier=str(tmp_path / "judge"))
     assert {row["role"]: "surprise" in row for row in train.read_log(tmp_path / "guided/log.jsonl")} == {"D": False, "G": True}
     raises(lambda: run("no", classifier=str(tmp_path / "deep")), "--classifier", "--loss classifier")
