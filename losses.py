@@ -295,7 +295,7 @@ def cat_D(D, x: Tensor, y: Tensor, draws: data.Draws, cfg, G) -> tuple[Tensor, d
 def cat_G(G, x: Tensor, y: Tensor, draws: data.Draws, cfg, D) -> tuple[Tensor, dict]:
     """CAT's generator: mean over scales of E softplus(r_k - f_k) + cons L_cons   (arXiv:2605.26449), see `consistency`.
 
-    Logged: mean |h_k - h_{k+1}|^2, how much stages rewrite each other, and `agreement` at the first stage.
+    Logged for every stage: see `stage_logs`.
     """
     e = draws.normal("noise", x.shape[1:])
     h = G.stages(e, y)
@@ -305,8 +305,7 @@ def cat_G(G, x: Tensor, y: Tensor, draws: data.Draws, cfg, D) -> tuple[Tensor, d
     f = D(pyramid(h, draws, cfg), y)
 
     adversarial, distance = F.softplus(r - f).mean(), consistency(h, cfg)
-    return adversarial + cfg.cons * distance, {"adversarial": adversarial, "consistency": distance,
-                                               "rewriting": h.diff(dim=0).square().mean(), "cosine": agreement(h)[0]}
+    return adversarial + cfg.cons * distance, {"adversarial": adversarial, "consistency": distance, **stage_logs(h)}
 
 
 def pyramid(h: Tensor, draws: data.Draws, cfg) -> list[Tensor]:
@@ -332,6 +331,15 @@ def consistency(h: Tensor, cfg) -> Tensor:
 def agreement(h: Tensor) -> Tensor:
     """Cosine of the update h_{k+1} - h_k and what is still to come, h_K - h_k, for k < K: (K - 1,), 1 for the last."""
     return F.cosine_similarity(h.diff(dim=0).flatten(2), (h[-1] - h[:-1]).flatten(2), dim=2).mean(1)
+
+
+def stage_logs(h: Tensor) -> dict:
+    """discrepancy_k = mean |h_k - h_K|^2 and rewriting_k = mean |h_k - h_{k+1}|^2 for k < K, cosine_k = `agreement` for
+    k < K - 1: how far a stage is from the image, how much of it the next one changes, and whether towards the image."""
+    h = h.detach()
+    columns = {"discrepancy": (h[:-1] - h[-1]).square().mean((1, 2, 3, 4)),
+               "rewriting": h.diff(dim=0).square().mean((1, 2, 3, 4)), "cosine": agreement(h)[:-1]}
+    return {f"{name}_{k}": value for name, values in columns.items() for k, value in enumerate(values, 1)}
 
 
 def augment(x: Tensor, draws: data.Draws, p: float) -> Tensor:
