@@ -518,7 +518,7 @@ LOSSES = {
                                                     **({"steps": settings["nfe"]} if settings["nfe"] else {}))),
     "cat": Objective(cat_G, cat_D, alternate, alarm=0.05, kind=model.ScaleDiscriminator,
                      generator=lambda settings: dict(stages=settings["stages"]),
-                     defaults=dict(beta1=0.0, beta2=0.99, label_drop=0.0, decay="constant", lr=1e-3, gp=0.01),
+                     defaults=dict(beta1=0.0, beta2=0.99, label_drop=0.0, decay="constant", lr=4e-4, d_lr=1e-3, gp=0.01),
                      sampling=lambda settings: dict(steps=1, solver="euler", guidance=1.0)),
     "classifier": Objective(classifier, draws_images=False, generator=lambda settings: dict(classifier=True, predict="v"),
                             defaults=dict(beta2=0.95, weight_decay=0.01, decay="constant", lr=1e-3, time="uniform",

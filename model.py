@@ -796,16 +796,34 @@ class Classifier(DiT):
         return out.to(torch.promote_types(out.dtype, torch.float32))
 
 
+class SlowLinear(nn.Linear):
+    """A linear layer that learns at 1 / 100 of the rate, as its weights are kept 100 times as large (GAT's mapping).
+
+    Adam's steps do not depend on the size of a gradient, so they move the product by a hundredth. At full rate the
+    mapping soon shrinks what comes from z, and all samples of a class are one image.
+    """
+
+    def __init__(self, inputs: int, outputs: int, rate: float = 0.01):
+        super().__init__(inputs, outputs)
+        self.rate = rate
+        nn.init.xavier_uniform_(self.weight, gain=1 / rate)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.rate * self.weight, self.rate * self.bias)
+
+
 class StagedDiT(DiT):
     """CAT's generator (arXiv:2605.26449): one pass from a latent to an image in `stages` (K) coarse-to-fine stages.
 
-    A mapping network turns z and the class, both normalised, into w, which modulates every block; the tokens start as
-    their positions. After floor(k depth / K) blocks, k = 1 .. K, a head adds to the image: h_k = sum_{j <= k} head_j
-    (GAT, arXiv:2509.24935). The latent z is the first `latent` numbers of the noise image x_t at t = 1, and the last
-    stage is the clean image that DiT.forward turns into the velocity x_t - h_K: a jump from 1 to 0 gives h_K.
+    A mapping network turns z and the class, `latent` normalised numbers each, into w, which modulates every block; the
+    tokens start as their positions. After floor(k depth / K) blocks, k = 1 .. K, a head adds to the image:
+    h_k = sum_{j <= k} head_j (GAT, arXiv:2509.24935). z is the first `latent` numbers of the noise image x_t at t = 1, and
+    the last stage is the clean image that DiT.forward turns into the velocity x_t - h_K: a jump from 1 to 0 gives h_K.
 
-    GAT: 2-D RoPE, query-key norm, SwiGLU, scale and gate only, modulations a tenth as large at the start, a mapping
-    with 1 / 100 of the learning rate and unit variance; here: DiT's blocks, `wake`, and a mapping that is normalised.
+    GAT: 2-D RoPE, query-key norm, SwiGLU, scale and gate only, modulations a tenth as large at the start, a mapping of
+    unit variance; here: DiT's blocks, `wake`, a mapping that is normalised, and heads a tenth as large. What fresh heads
+    make of z is grain, and a generator that starts with more grain than image gets rid of it by forgetting z.
     """
 
     def __init__(self, stages: int = 3, latent: int = 64, **config):
@@ -816,12 +834,14 @@ class StagedDiT(DiT):
             raise ValueError(f"{stages} stages and a latent of {latent}: expected 2 to {depth} stages (the blocks) "
                              f"and 1 to {numbers} numbers (an image)")
         del self.x_embedder
+        self.y_embedder = LabelEmbedder(self.num_classes, latent, self.null_class)
         self.latent, self.ends = latent, [depth * k // stages for k in range(1, stages + 1)]
         self.norm = RMSNorm()
-        self.mapping = nn.Sequential(nn.Linear(latent + width, width), nn.SiLU(), nn.Linear(width, width))
+        self.mapping = nn.Sequential(SlowLinear(2 * latent, width), nn.SiLU(), SlowLinear(width, width))
         self.final_layer = nn.ModuleList(FinalLayer(width, self.patch, self.channels, self.config["norm"])
                                          for _ in self.ends)
         wake(*self.blocks, *self.final_layer)
+        shrink(*(head.linear for head in self.final_layer))
 
     def stages(self, e: Tensor, y: Tensor) -> Tensor:
         """All stages h_1 .. h_K (K, B, C, h, w), float32 or wider, from noise e (B, C, h, w) and labels y (B,)."""
@@ -847,7 +867,8 @@ class ScaleDiscriminator(DiT):
     Scales share the patch embedding, the blocks and the head; each has its positions, a scale embedding and a token
     that is read out. No token sees another scale, as that hurts: the same network once a scale is exactly the
     block-diagonal attention mask over all of them. GAT: the class enters by a projection in the head; here: by adaLN, as in
-    `Discriminator`, because the blocks have it. `predict`, `t_min`, `learn_sigma` and `latent` mean nothing here.
+    `Discriminator`, because the blocks have it, and a patch embedding a tenth as large, as its random part is what gives
+    the generator's images grain. `predict`, `t_min`, `learn_sigma` and `latent` mean nothing here.
     """
 
     def __init__(self, stages: int = 3, latent: int = 0, **config):
@@ -864,6 +885,7 @@ class ScaleDiscriminator(DiT):
         self.norm = RMSNorm()
         self.final_layer = nn.Sequential(normalisation(self.config["norm"], width), nn.Linear(width, 1, bias=False))
         wake(*self.blocks)
+        shrink(self.x_embedder.proj)
 
     def forward(self, images: list[Tensor], y: Tensor) -> Tensor:
         """K images (B, C, h / 2^k, w / 2^k), k = 0 .. K - 1, and y (B,) -> (B, K), float32 or wider."""
@@ -881,6 +903,13 @@ def wake(*layers: nn.Module) -> None:
     """Modulations of Xavier's size in place of adaLN-zero, whose zeros hide z from images, and images from D."""
     for layer in layers:
         nn.init.xavier_uniform_(layer.adaLN_modulation[1].weight)
+
+
+def shrink(*layers: nn.Module) -> None:
+    """Weights a tenth as large: where pixels come and go, what is learned soon outweighs the grain of random weights."""
+    for layer in layers:
+        for p in layer.parameters():
+            p.data.mul_(0.1)
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -1242,18 +1242,38 @@ def test_model_cat_scales_do_not_see_each_other():
 
 
 def test_model_cat_is_alive_from_the_start():
-    """Fresh weights: images depend on z and on the label by a tenth and more, and every weight has a gradient."""
+    """Fresh weights: z and the label move images about alike, by half of their small size and more; every weight has a
+    gradient; D hears more of places than of random pixels."""
     torch.manual_seed(0)
     G = model.create("glyph-S", stages=3)
     D = model.ScaleDiscriminator(**G.config)
     e, y = torch.randn(4, *G.shape), torch.tensor([0, 0, 1, 1])
     h = G.stages(e, y)
     same_z = G.stages(e[:1].expand_as(e), y)
-    assert (h[:, 0] - h[:, 1]).std() > 0.1 and (same_z[:, 0] - same_z[:, 2]).std() > 0.1 and h.std() < 3
+    by_z, by_label, size = ((h[:, 0] - h[:, 1]).std(), (same_z[:, 0] - same_z[:, 2]).std(), h.std())
+    assert 0.5 * size < by_z < 1.3 * by_label and 0.5 * size < by_label < 1.3 * by_z and size < 0.2
     out = D([nn.functional.avg_pool2d(x, 2 ** k) for k, x in enumerate(h.flip(0))], y)
     out.square().sum().backward()
     for net in (G, D):
         assert all(p.grad.abs().max() > 0 for p in net.parameters() if p.requires_grad)
+    assert D.x_embedder(torch.randn(2, 3, 32, 32)).std() < 0.3 * D.pos_embed.std()
+
+
+def test_model_cat_mapping_is_slow():
+    """Fresh, a SlowLinear gives numbers of the size of its inputs; a step of Adam moves its product by a hundredth. The
+    class enters the mapping with as many numbers as z."""
+    torch.manual_seed(0)
+    layer, x = model.SlowLinear(64, 64), torch.randn(500, 64)
+    assert 0.8 < layer(x).std() < 1.2
+    eye = torch.eye(64)
+    before = layer(eye).detach() - layer(0 * eye).detach()
+    layer(x).square().mean().backward()
+    torch.optim.AdamW(layer.parameters(), 1e-2, weight_decay=0).step()
+    moved = (layer(eye).detach() - layer(0 * eye).detach() - before).abs()
+    assert moved.max() < 1.01e-4 and moved.median() > 0.99e-4
+    net = model.create("glyph-S", stages=3)
+    assert all(type(net.mapping[k]) is model.SlowLinear for k in (0, 2))
+    assert net.y_embedder(torch.arange(3)).shape == (3, net.latent)
 
 
 def test_model_cat_loads_and_refuses(tmp_path):
