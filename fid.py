@@ -1,21 +1,28 @@
-"""Frechet distances between image sets, each with its protocol.
+"""Frechet distances and their companions between image sets, each with its protocol.
 
-    python fid.py GENERATED REFERENCE                   FID on InceptionV3 features (needs a weights file, once)
-    python fid.py GENERATED glyphs --features glyphs    FD-glyphs, its floor, and the accuracy: nothing to download
+    python fid.py GENERATED REFERENCE                   FID, sFID, IS, precision, recall, density, coverage, KID
+    python fid.py RUN glyphs --features glyphs --num N  N samples of a run against held-out glyphs: nothing to download
+    python fid.py A.npz,B.npz,C.npz REFERENCE           mean and spread over several sample sets
     python fid.py IMAGES --save_stats OUT.npz           statistics, to stand for IMAGES later
-    python fid.py --benchmark                           our Frechet distance and scipy's sqrtm where truth is known
+    python fid.py --mmhm A.json,B.json                  one number for each of several results of --json
+    python fid.py --benchmark                           Frechet distance and feature extraction, timed against others
+    torchrun --nproc_per_node=2 fid.py ...              the same numbers from two processes
 
-GENERATED and REFERENCE are whatever `data.dataset` reads (a folder, a zip, an npz of images, glyphs), or an npz with
-`mu` and `sigma`: one of ours, or ADM's reference files. `python fid.py --help` lists the other flags.
+GENERATED and REFERENCE are each: a folder or zip of images (subfolders too), an npz of images (ADM's `arr_0`, read
+image by image), statistics (an npz or .pt with `mu` and `sigma`: ours, ADM's reference files, or others), glyphs, a run
+folder or checkpoint (generates --num images), or from Python an iterable of uint8 batches (N, 3, h, w).
+`python fid.py --help` lists the flags.
 
 Which numbers to believe. "FID" is the distance on the 2015-12-05 weights (--weights fid) for 50,000 images or more;
-with fewer it is called FID-N, because the distance of N images exceeds its limit by about C / N. The default weights
-are torchvision's: other features, another unit, so that number is called "FID (torchvision weights)" and compares
-with its like only. "FD-glyphs" is the distance on our own small classifier, for experiments with `glyphs`.
+with fewer it is called by their number (FID5k), because the distance of N images exceeds its limit by about C / N. That
+`bias`, and the `floor` which a perfect generator would get, are printed beside it. The default weights are
+torchvision's: other features, another unit, so those numbers say "(torchvision weights)" and compare with their like
+only. Names with "glyphs" are measured on our own small classifier, for experiments with `glyphs`.
 
 Letters: N images, D features.
 """
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import inspect
@@ -24,8 +31,10 @@ import os
 import statistics
 import sys
 import time
+import typing
 import zipfile
-from dataclasses import dataclass
+import zlib
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -33,24 +42,29 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 import data
+import model
+import sample
 from data import option
 
+NEIGHBOURS = ("precision", "recall", "density", "coverage")
+METRICS = ("fid", "sfid", "is", *NEIGHBOURS, "kid")
 HELD_OUT, HELD_OUT_AGAIN = 1, 2  # seeds of real glyphs that only measure; generators train on seed 0, GlyphNet on 3
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# 1. The Frechet distance of two Gaussians
+# 1. The Frechet distance of two Gaussians, and how much of it is too few images
 # --------------------------------------------------------------------------------------------------------------------
 
-def trace_sqrt(cov1: Tensor, cov2: Tensor) -> Tensor:
-    """tr (cov1 cov2)^(1/2) = sum_i sqrt(eig_i(L^T cov2 L)) for any factor cov1 = L L^T; a scalar.
+def sqrt_spectrum(cov1: Tensor, cov2: Tensor) -> Tensor:
+    """The square roots s (D,) of the eigenvalues of cov1 cov2: those of L^T cov2 L for any factor cov1 = L L^T.
 
-    A Cholesky factor keeps small eigenvalues to relative accuracy; the square root of the product cov1 cov2 adds
-    about sqrt(machine epsilon) for each direction without variance.
+    Their sum is tr (cov1 cov2)^(1/2). A Cholesky factor keeps small ones to relative accuracy; the square root of the
+    product cov1 cov2 adds about sqrt(machine epsilon) for each direction without variance.
     """
     for a, b in ((cov1, cov2), (cov2, cov1)):  # one positive definite matrix is enough
         L, failed = torch.linalg.cholesky_ex(a)
@@ -60,7 +74,21 @@ def trace_sqrt(cov1: Tensor, cov2: Tensor) -> Tensor:
         values, vectors = torch.linalg.eigh(cov1)
         L, b = vectors * values.clamp_min(0).sqrt(), cov2
     m = L.T @ b @ L
-    return torch.linalg.eigvalsh((m + m.T) / 2).clamp_min(0).sqrt().sum()
+    return torch.linalg.eigvalsh((m + m.T) / 2).clamp_min(0).sqrt()
+
+
+def frechet(mu1, cov1, mu2, cov2) -> tuple[float, Tensor]:
+    """(`frechet_distance`, `sqrt_spectrum`) of two Gaussians: the bias of the distance needs the spectrum as well."""
+    mu1, cov1, mu2, cov2 = (torch.as_tensor(a).to("cpu", torch.float64) for a in (mu1, cov1, mu2, cov2))
+    d = mu1.numel()
+    if mu1.shape != (d,) or mu2.shape != (d,) or cov1.shape != (d, d) or cov2.shape != (d, d):
+        raise ValueError(f"mean {tuple(mu1.shape)} and covariance {tuple(cov1.shape)} do not compare with "
+                         f"mean {tuple(mu2.shape)} and covariance {tuple(cov2.shape)}: other features?")
+    for name, value in dict(mu1=mu1, cov1=cov1, mu2=mu2, cov2=cov2).items():
+        if not torch.isfinite(value).all():
+            raise ValueError(f"{name} has non-finite values: the features of that image set overflowed")
+    s = sqrt_spectrum(cov1, cov2)
+    return float((mu1 - mu2).square().sum() + cov1.trace() + cov2.trace() - 2 * s.sum()), s
 
 
 def frechet_distance(mu1, cov1, mu2, cov2) -> float:
@@ -70,19 +98,144 @@ def frechet_distance(mu1, cov1, mu2, cov2) -> float:
     squared. Equal arguments may give -1e-9 or so by rounding, which is returned as it is.
     ValueError when the shapes do not belong together or a value is not finite.
     """
-    mu1, cov1, mu2, cov2 = (torch.as_tensor(a).to("cpu", torch.float64) for a in (mu1, cov1, mu2, cov2))
-    d = mu1.numel()
-    if mu1.shape != (d,) or mu2.shape != (d,) or cov1.shape != (d, d) or cov2.shape != (d, d):
-        raise ValueError(f"mean {tuple(mu1.shape)} and covariance {tuple(cov1.shape)} do not compare with "
-                         f"mean {tuple(mu2.shape)} and covariance {tuple(cov2.shape)}: other features?")
-    for name, value in dict(mu1=mu1, cov1=cov1, mu2=mu2, cov2=cov2).items():
-        if not torch.isfinite(value).all():
-            raise ValueError(f"{name} has non-finite values: the features of that image set overflowed")
-    return float((mu1 - mu2).square().sum() + cov1.trace() + cov2.trace() - 2 * trace_sqrt(cov1, cov2))
+    return frechet(mu1, cov1, mu2, cov2)[0]
+
+
+def small_sample_bias(s: Tensor, trace: float | Tensor, n: int) -> float:
+    """What N images from a Gaussian of that trace add, on average, to their distance from another Gaussian:
+
+        B(N) = (1/N) [tr cov + 1/2 sum_ij (1 + delta_ij) s_i s_j / (s_i + s_j)],   s: `sqrt_spectrum` (D,)
+
+    The first order in 1/N (the law of Chong & Forsyth, arXiv:1911.07023; this form: second-order perturbation with
+    Gaussian features). At N = 4 D it is some 8 % too low, below 2 D it is no more than a size.
+    """
+    pairs = torch.outer(s, s) / (s[:, None] + s).clamp_min(torch.finfo(s.dtype).tiny)
+    return float(trace + (pairs.sum() + pairs.diagonal().sum()) / 2) / n
+
+
+def frechet_with_bias(mu: Tensor, cov: Tensor, n: int | None, mu_ref: Tensor, cov_ref: Tensor,
+                      n_ref: int | None) -> dict[str, float | None]:
+    """dict(value, bias, floor): the distance, its expected excess over that of infinitely many images, and what a
+    perfect generator gets from as many images, B(n) at generated = reference.
+
+    Means (D,) and covariances (D, D) in float64 on the CPU. A reference of unknown size n_ref counts as exact. Bias and
+    floor are None where n is unknown; both presume independent images, and as many of each class have less.
+    """
+    value, s = frechet(mu, cov, mu_ref, cov_ref)
+    if n is None:
+        return dict(value=value, bias=None, floor=None)
+    own = torch.linalg.eigvalsh(cov_ref).clamp_min(0)  # sqrt_spectrum(cov_ref, cov_ref)
+    bias, floor = small_sample_bias(s, cov.trace(), n), small_sample_bias(own, own.sum(), n)
+    if n_ref:
+        bias += small_sample_bias(s, cov_ref.trace(), n_ref)
+        floor += small_sample_bias(own, own.sum(), n_ref)
+    return dict(value=value, bias=bias, floor=floor)
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# 2. Mean and covariance of a stream of features
+# 2. Scores of single images and of neighbourhoods
+# --------------------------------------------------------------------------------------------------------------------
+
+def inception_score(logits: Tensor, splits: int = 10) -> dict:
+    """dict(value, std) over splits of exp(mean KL(p(y|x) | p(y)))   (Salimans et al., arXiv:1606.03498, Sec. 4)
+
+    logits (N, classes), without their bias as in ADM and torch-fidelity. Images go to the splits in a fixed random
+    order: in a file sorted by class each split would lack most classes, and score far too low.
+    """
+    order = torch.randperm(len(logits), generator=data.generator("inception score"))
+    scores = []
+    for part in order.split(-(-len(order) // splits)):
+        log_p = logits[part].double().log_softmax(1)                                             # (n, classes)
+        log_mean = log_p.logsumexp(0) - np.log(len(part))
+        scores.append(float((log_p.exp() * (log_p - log_mean)).sum(1).mean().exp()))
+    return dict(value=statistics.mean(scores), std=statistics.pstdev(scores))
+
+
+def squared_distances(a: Tensor, b: Tensor) -> Tensor:
+    """(n, D), (m, D) -> (n, m), by one matrix product."""
+    return (a.square().sum(1)[:, None] + b.square().sum(1) - 2 * a @ b.T).clamp_min(0)
+
+
+def squared_radii(x: Tensor, *ks: int) -> list[Tensor]:
+    """For each k the squared distance (n,) of every row of x (n, D) to its k-th nearest other row."""
+    if len(x) <= max(ks):
+        raise ValueError(f"the neighbour number {max(ks)} needs more than {max(ks)} images, got {len(x)}")
+    nearest = torch.cat([squared_distances(part, x).topk(max(ks) + 1, largest=False).values for part in x.split(1000)])
+    return [nearest[:, k] for k in ks]  # number 0 is the row itself
+
+
+def neighbour_scores(real: Tensor, fake: Tensor, k: int = 3, k_density: int = 5) -> dict[str, float]:
+    """precision and recall (Kynkaanniemi et al., arXiv:1904.06991, Eqs. 1-2), density and coverage (Naeem et al.,
+    arXiv:2002.09797, Eqs. 3-4) of features (n, D) and (m, D), float32 or float64.
+
+    With r_k(x) the distance of x to its k-th nearest neighbour in its own set: precision is the share of fake points
+    with |fake - real| <= r_k(real) for some real one, recall the reverse. density is how many balls of radius
+    r(real) < hold a fake point, divided by k_density; coverage the share of such balls that hold any. All depend on
+    both numbers of images. ValueError for no more images than neighbours.
+    """
+    real, fake = real - real.mean(0), fake - real.mean(0)  # nearer to 0, where products of float32 keep more digits
+    radius, wide = squared_radii(real, k, k_density)
+    fake_radius, = squared_radii(fake, k)
+    precise = torch.zeros(len(fake), dtype=torch.bool, device=fake.device)
+    recalled = inside = covered = 0
+    for part, r, w in zip(real.split(1000), radius.split(1000), wide.split(1000)):
+        d = squared_distances(part, fake)
+        precise |= (d <= r[:, None]).any(0)
+        recalled += int((d <= fake_radius).any(1).sum())
+        inside += int((d < w[:, None]).sum())
+        covered += int((d < w[:, None]).any(1).sum())
+    return dict(precision=float(precise.double().mean()), recall=recalled / len(real),
+                density=inside / (k_density * len(fake)), coverage=covered / len(real))
+
+
+def kernel_distance(real: Tensor, fake: Tensor, subsets: int = 100, size: int = 1000) -> dict:
+    """KID: dict(value, std) of the unbiased squared MMD under the kernel (x . y / D + 1)^3 over random subsets
+    (Binkowski et al., arXiv:1801.01401, Sec. 4). Features (n, D) and (m, D); not multiplied by 1000; may be negative.
+
+    Sets of no more than `size` images are taken whole, once, and std is then 0.
+    """
+    size, rng, found = min(size, len(real), len(fake)), data.generator("kernel distance"), []
+    if size < 2:
+        raise ValueError(f"KID needs at least 2 images in each set, got {len(real)} and {len(fake)}")
+
+    def kernel(a: Tensor, b: Tensor) -> Tensor:
+        return (a @ b.T / a.shape[1] + 1) ** 3
+
+    for _ in range(1 if size == len(real) == len(fake) else subsets):
+        x, y = (part[torch.randperm(len(part), generator=rng)[:size].to(part.device)].double() for part in (real, fake))
+        xx, yy = kernel(x, x), kernel(y, y)
+        within = (xx.sum() - xx.trace() + yy.sum() - yy.trace()) / (size * (size - 1))
+        found.append(float(within - 2 * kernel(x, y).mean()))
+    return dict(value=statistics.mean(found), std=statistics.pstdev(found))
+
+
+def mmhm(models: dict[str, dict[str, float]], bounds: dict[str, list[float]] | None = None) -> tuple[dict, dict]:
+    """Min-max harmonic mean of K metrics, {model: K / sum_k 1 / (1e-3 + u_k)}, and the bounds   (arXiv:2603.14186)
+
+    models: {model: {metric: value}}. u_k is 1 at the best and 0 at the worst of [lowest, highest] in `bounds`, by
+    default those of these models: then adding one changes all. Give the same bounds to compare over time; beyond them
+    u_k stays 0 or 1. ValueError where models have other metrics than each other or than the bounds.
+    """
+    names = set(bounds or next(iter(models.values())))
+    for label, scores in models.items():
+        if scores.keys() != names:
+            raise ValueError(f"{label} has the metrics {', '.join(scores)}; expected {', '.join(sorted(names))}")
+    columns = {name: [scores[name] for scores in models.values()] for name in sorted(names)}
+    bounds = bounds or {name: [min(column), max(column)] for name, column in columns.items()}
+
+    def share(name: str, x: float) -> float:
+        low, high = bounds[name]
+        if high == low:
+            return 1.0
+        u = min(1.0, max(0.0, (x - low) / (high - low)))
+        return 1 - u if name.startswith(("fid", "sfid", "fd_", "kid")) else u  # of those less is better
+
+    return {label: len(scores) / sum(1 / (1e-3 + share(name, x)) for name, x in scores.items())
+            for label, scores in models.items()}, bounds
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# 3. Mean and covariance of a stream of features, on any number of processes
 # --------------------------------------------------------------------------------------------------------------------
 
 class Statistics:
@@ -115,8 +268,21 @@ class Statistics:
         return mean, (self.outer.cpu() - n * torch.outer(mean, mean)) / (n - 1)
 
 
+def gather(rows: Tensor) -> Tensor:
+    """The rows (n, ...) of all processes, on the CPU, rank after rank; shares may differ in length."""
+    if data.world() == 1:
+        return rows
+    counts = [torch.zeros(1, dtype=torch.int64) for _ in range(data.world())]
+    dist.all_gather(counts, torch.tensor([len(rows)]))
+    padded = rows.new_zeros(int(max(counts)), *rows.shape[1:])
+    padded[:len(rows)] = rows
+    shares = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(shares, padded)
+    return torch.cat([share[:int(n)] for share, n in zip(shares, counts)])
+
+
 # --------------------------------------------------------------------------------------------------------------------
-# 3. InceptionV3, with torchvision's weights or with those of the FID
+# 4. InceptionV3, with torchvision's weights or with those of the FID
 # --------------------------------------------------------------------------------------------------------------------
 
 class Conv(nn.Module):
@@ -128,7 +294,15 @@ class Conv(nn.Module):
         self.bn = nn.BatchNorm2d(o, eps=1e-3)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.relu(self.bn(self.conv(x)))
+        return F.relu(self.bn(self.conv(x)), inplace=True)
+
+    @torch.no_grad()
+    def fold(self) -> None:
+        """Multiply the normalisation of eval mode into the convolution: the same function with less work."""
+        scale = self.bn.weight.double() / (self.bn.running_var.double() + self.bn.eps).sqrt()
+        shift = self.bn.bias - self.bn.running_mean * scale
+        self.conv.weight.copy_(self.conv.weight * scale.view(-1, 1, 1, 1))
+        self.conv.bias, self.bn = nn.Parameter(shift.float(), requires_grad=False), nn.Identity()
 
 
 class Mixed(nn.Module):
@@ -158,7 +332,8 @@ class Mixed(nn.Module):
         for branch, chain in self.chains.items():
             h = self.pool(x) if branch == "branch_pool" else x
             for keys in chain:
-                h = torch.cat([getattr(self, key)(h) for key in keys], 1)
+                forks = [getattr(self, key)(h) for key in keys]
+                h = torch.cat(forks, 1) if len(forks) > 1 else forks[0]
             out.append(h)
         return torch.cat(out, 1)
 
@@ -216,12 +391,30 @@ def resize_tf1(x: Tensor, size: int = 299) -> Tensor:
     return x
 
 
+def resize_pytorch(x: Tensor, size: int = 299) -> Tensor:
+    """Bilinear with half-pixel centres and no antialiasing, as in pytorch-fid; shapes as in `resize_tf1`."""
+    return F.interpolate(x.float(), (size, size), mode="bilinear", align_corners=False)
+
+
+def resize_clean(x: Tensor, size: int = 299) -> Tensor:
+    """Antialiased bicubic, clamped to 0..255 and not rounded, as in clean-fid (arXiv:2104.11222): Pillow's rule."""
+    return F.interpolate(x.float(), (size, size), mode="bicubic", antialias=True).clamp(0, 255)
+
+
+RESIZES = {"tf1": resize_tf1, "pytorch": resize_pytorch, "clean": resize_clean}
+
+
 @contextlib.contextmanager
 def full_float32(device: torch.device):
-    """Autocast off, and TF32 off in convolutions: a metric must not depend on such settings (bfloat16: 8e-3)."""
-    with torch.autocast(device.type, enabled=False), \
-         torch.backends.cudnn.flags(enabled=True, benchmark=False, allow_tf32=False):
-        yield
+    """Autocast and TF32 off: a metric must not depend on such settings (bfloat16 moves features by 8e-3)."""
+    products = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        with torch.autocast(device.type, enabled=False), \
+             torch.backends.cudnn.flags(enabled=True, benchmark=False, allow_tf32=False):
+            yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = products
 
 
 def digest(*chunks: bytes) -> str:
@@ -233,23 +426,26 @@ CLASSES = {"torchvision": 1000, "fid": 1008}
 
 
 class InceptionV3(nn.Module):
-    """The feature network of the FID: uint8 (N, 3, h, w) -> pool3 features float32 (N, 2048).
+    """The feature network of the FID: uint8 (N, 3, h, w) -> features float32 (N, 2048).
 
     `weights` is a state dict file with torchvision's key names; its number of classes tells the flavour, "torchvision"
     or "fid" (the 2015-12-05 graph). None keeps random weights, of flavour "torchvision" unless told otherwise.
-    Images are resized by `resize_tf1` and go to (x - 128) / 128 for "fid", to x / 127.5 - 1 for "torchvision".
+    Images are resized by RESIZES[resize] and go to (x - 128) / 128, but to x / 127.5 - 1 for "torchvision" and as in
+    pytorch-fid.
     Always in eval mode and float32, without gradients. ValueError for a file that is damaged, or not of that flavour.
     """
-    dim = 2048
+    metrics = METRICS
 
-    def __init__(self, weights: str | Path | None = None, flavour: str | None = None):
+    def __init__(self, weights: str | Path | None = None, flavour: str | None = None, resize: str = "tf1"):
         super().__init__()
         found, state = read_inception(weights) if weights else (flavour or "torchvision", None)
         if flavour not in (None, found):
             raise ValueError(f"{weights} has fc.weight of {CLASSES[found]} classes: {found} weights, not {flavour}")
         self.flavour = found
         self.label = f"inception {found} {digest(Path(weights).read_bytes()) if weights else 'random'}"
-        self.resize = "tf1 bilinear to 299, " + ("(x-128)/128" if found == "fid" else "x/127.5-1")
+        self.suffix = "" if found == "fid" else f"_{found}"  # of the names of scores
+        self.resizer, self.symmetric = RESIZES[resize], found == "torchvision" or resize == "pytorch"
+        self.resize = f"{resize} to 299, {'x/127.5-1' if self.symmetric else '(x-128)/128'}"
         self.Conv2d_1a_3x3, self.Conv2d_2a_3x3 = Conv(3, 32, 3, 2), Conv(32, 32, 3)
         self.Conv2d_2b_3x3, self.Conv2d_3b_1x1 = Conv(32, 64, 3, padding=1), Conv(64, 80, 1)
         self.Conv2d_4a_3x3, channels, self.blocks = Conv(80, 192, 3), 192, inception_blocks(found)
@@ -257,6 +453,7 @@ class InceptionV3(nn.Module):
             self.add_module(name, Mixed(channels, branches, pool))
             channels = getattr(self, name).channels
         self.fc = nn.Linear(channels, CLASSES[found])
+        self.widths = dict(features=2048, spatial=17 * 17 * 7, logits=CLASSES[found])
         if state:
             try:
                 self.load_state_dict(state)
@@ -269,10 +466,18 @@ class InceptionV3(nn.Module):
         """Stays in eval mode: with batch statistics an image's features would depend on its neighbours."""
         return super().train(False)
 
+    def fast(self) -> "InceptionV3":
+        """Fold every batch normalisation, and on a CPU go through channels-last memory: features move by some 1e-6."""
+        for unit in self.modules():
+            if isinstance(unit, Conv):
+                unit.fold()
+        return self.to(memory_format=torch.channels_last) if self.fc.weight.device.type == "cpu" else self
+
     @torch.no_grad()
     def outputs(self, x: Tensor) -> dict[str, Tensor]:
-        """Float (N, 3, 299, 299), already in range -> pool3 (N, 2048), spatial (N, 2023), logits (N, classes).
+        """Float (N, 3, 299, 299), already in range -> features (N, 2048), spatial (N, 2023), logits (N, classes).
 
+        `features` are the averages before the last layer (pool3).
         `spatial`: the first 7 channels of Mixed_6d.branch1x1, flattened in the order h, w, channel, for sFID (Nash et
         al., arXiv:2103.03841). `logits` lack the bias, as in the 2015-12-05 graph and in every Inception Score.
         """
@@ -284,12 +489,16 @@ class InceptionV3(nn.Module):
                 x = getattr(self, name)(x)                                     # at last (N, 2048, 8, 8)
                 if name == "Mixed_6d":
                     spatial = x[:, :7].permute(0, 2, 3, 1).flatten(1)          # branch1x1 comes first in x
-            pool3 = x.mean((2, 3))
-            return dict(pool3=pool3, spatial=spatial, logits=(pool3.double() @ self.fc.weight.double().T).float())
+            features = x.mean((2, 3))
+            return dict(features=features, spatial=spatial, logits=features @ self.fc.weight.T)
+
+    def extract(self, images: Tensor) -> dict[str, Tensor]:
+        """uint8 (N, 3, h, w) -> what `outputs` gives."""
+        x = self.resizer(check_images(images))
+        return self.outputs(x / 127.5 - 1 if self.symmetric else (x - 128) / 128)
 
     def forward(self, images: Tensor) -> Tensor:
-        x = resize_tf1(check_images(images))
-        return self.outputs((x - 128) / 128 if self.flavour == "fid" else x / 127.5 - 1)["pool3"]
+        return self.extract(images)["features"]
 
 
 def read_inception(path: str | Path) -> tuple[str, dict[str, Tensor]]:
@@ -310,7 +519,7 @@ def cache_folder() -> Path:
     return Path(os.environ.get("TRIFLOW_CACHE") or "~/.cache/triflow").expanduser()
 
 
-def load_inception(weights: str = "torchvision") -> InceptionV3:
+def load_inception(weights: str = "torchvision", resize: str = "tf1") -> InceptionV3:
     """InceptionV3 with the weights "torchvision" or "fid" from `cache_folder()`, hash-checked, or from a file.
 
     Nothing is ever downloaded: FileNotFoundError says what to put where.
@@ -326,11 +535,11 @@ def load_inception(weights: str = "torchvision") -> InceptionV3:
         what, flavour = f"InceptionV3 weights ({weights})", weights
         path = data.require_file(cache_folder() / file, what, folder + file, size, sha256)
     with torch.random.fork_rng(devices=[]):  # a network is drawn at random before its weights are read
-        return InceptionV3(path, flavour)
+        return InceptionV3(path, flavour, resize)
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# 4. GlyphNet, the features of `glyphs`, trained on the spot
+# 5. GlyphNet, the features of `glyphs`, trained on the spot
 # --------------------------------------------------------------------------------------------------------------------
 
 class GlyphNet(nn.Module):
@@ -339,7 +548,8 @@ class GlyphNet(nn.Module):
     Images of another size are first averaged down to, or repeated up to, 32 x 32. It sees shape, contrast, blur and
     noise, and hardly any hue: digits are told by their strokes.
     """
-    dim, resize = 64, "mean over cells to 32, x/127.5-1"
+    suffix, resize, widths = "_glyphs", "mean over cells to 32, x/127.5-1", dict(features=64, logits=10)
+    metrics = ("fid", *NEIGHBOURS)  # ten classes have no use for IS, and KID's kernel is made for features below 1
 
     def __init__(self):
         super().__init__()
@@ -347,8 +557,8 @@ class GlyphNet(nn.Module):
             Conv(3, 16, 3, padding=1), nn.MaxPool2d(2),   # (N, 16, 16, 16)
             Conv(16, 32, 3, padding=1), nn.MaxPool2d(2),  # (N, 32, 8, 8)
             Conv(32, 64, 3, padding=1), nn.MaxPool2d(2),  # (N, 64, 4, 4)
-            nn.Conv2d(64, self.dim, 4), nn.Flatten())     # (N, 64); no ReLU, since features stuck at 0 measure nothing
-        self.head = nn.Sequential(nn.ReLU(), nn.Linear(self.dim, 10))
+            nn.Conv2d(64, 64, 4), nn.Flatten())           # (N, 64); no ReLU, since features stuck at 0 measure nothing
+        self.head = nn.Sequential(nn.ReLU(), nn.Linear(64, 10))
 
     @property
     def label(self) -> str:
@@ -359,6 +569,10 @@ class GlyphNet(nn.Module):
         with full_float32(images.device):
             features = self.body(F.adaptive_avg_pool2d(data.to_float(check_images(images)), 32))
             return features, self.head(features)
+
+    def extract(self, images: Tensor) -> dict[str, Tensor]:
+        """uint8 (N, 3, h, w) -> dict(features, logits)."""
+        return dict(zip(self.widths, self(images)))
 
 
 def train_glyph_net(quiet: bool) -> GlyphNet:
@@ -417,53 +631,419 @@ def glyph_net(quiet: bool = False) -> GlyphNet:
     return net.requires_grad_(False).eval()
 
 
+# --------------------------------------------------------------------------------------------------------------------
+# 6. Image sets: whatever can be measured, as batches
+# --------------------------------------------------------------------------------------------------------------------
+
+class NpzRows:
+    """The images of an npz as an array uint8 (N, 3, h, w) that is read row by row and never whole in memory.
+
+    path: an npz with `key` uint8 (N, h, w, 3), or 1 channel, or channels first. ValueError for anything else. Quickest
+    in ascending order; each process that touches it opens the file for itself.
+    """
+
+    def __init__(self, path: str, key: str):
+        self.path, self.member, self.file, self.owner = path, f"{key}.npy", None, None
+        with self.readable(), zipfile.ZipFile(path) as archive, archive.open(self.member) as file:
+            version = np.lib.format.read_magic(file)
+            header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            self.stored, fortran, dtype = header(file)
+            self.start = file.tell()
+        if dtype != np.uint8 or len(self.stored) != 4 or not {*self.stored[1::2]} & {1, 3} or fortran:
+            raise ValueError(f"{path}: array {key} is {dtype} {self.stored}; expected uint8 NHWC, (N, h, w, 3). "
+                             "Convert floats in [-1, 1] with data.to_uint8")
+        self.channels_last = self.stored[3] in (1, 3)
+        h, w = self.stored[1:3] if self.channels_last else self.stored[2:]
+        self.shape = (self.stored[0], 3, h, w)
+
+    @contextlib.contextmanager
+    def readable(self):
+        """Errors of zip and npy files as a ValueError that names the file."""
+        try:
+            yield
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            raise ValueError(f"{self.path}: not a readable npz ({error}); get or write it again") from error
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, i: int) -> Tensor:
+        size = int(np.prod(self.stored[1:]))
+        with self.readable():
+            if self.owner != os.getpid():  # forked workers must not share one file position
+                self.file, self.owner = zipfile.ZipFile(self.path).open(self.member), os.getpid()
+            self.file.seek(self.start + i * size)
+            pixels = self.file.read(size)
+            if len(pixels) < size:
+                raise ValueError("cut short")
+        image = torch.frombuffer(bytearray(pixels), dtype=torch.uint8).view(self.stored[1:])
+        return (image.permute(2, 0, 1) if self.channels_last else image).expand(3, -1, -1)
+
+
+def npz_members(path: str) -> set[str]:
+    """Names of the arrays in an npz; ValueError where it is none."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return {name.removesuffix(".npy") for name in archive.namelist()}
+    except (OSError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path}: not a readable npz ({error}); get or write it again") from error
+
+
+def npz_images(path: str, size: int | None) -> data.Arrays:
+    """The images of an npz (`arr_0` or `images`), streamed, and labels (`arr_1` or `labels`) where it has them."""
+    members = npz_members(path)
+    key = next((key for key in ("arr_0", "images") if key in members), None)
+    if key is None:
+        raise ValueError(f"{path}: holds {', '.join(sorted(members)) or 'nothing'}; expected images (arr_0 or images), "
+                         "or statistics (mu and sigma)")
+    rows = NpzRows(path, key)
+    if not len(rows):
+        raise ValueError(f"{path}: {key} holds no images")
+    labels = np.zeros(len(rows), np.int64)
+    with np.load(path) as file:
+        labels = next((file[name] for name in ("arr_1", "labels") if name in members), labels)
+    return data.Arrays(rows, data.check_labels(labels, len(rows), path), size)
+
+
+def check_sizes(files: data.Files) -> None:
+    """ValueError when image files have several sizes, found from their headers before hours of work, not after."""
+    sizes: dict[tuple, list[str]] = {}
+    for name in tqdm(files.names, "reading sizes", unit="img", delay=2, disable=data.rank() > 0):
+        try:
+            with files.open(name) as file, Image.open(file) as image:
+                turned = image.getexif().get(0x0112, 1) >= 5  # EXIF orientations 5 to 8 lie on their side
+                sizes.setdefault(image.size[::-1] if turned else image.size, []).append(name)
+        except (OSError, zipfile.BadZipFile, zlib.error) as error:
+            raise ValueError(f"{files.root}/{name}: not a readable image ({error}); repair or remove it") from error
+    if len(sizes) > 1:
+        found = sorted(sizes.items(), key=lambda item: -len(item[1]))
+        text = ", ".join(f"{w}x{h} ({len(names):,}{': ' + names[0] if len(names) < 4 else ''})"
+                         for (w, h), names in found[:5])
+        raise ValueError(f"{files.root}: images have {len(sizes)} sizes: {text}; give --size to crop all alike")
+
+
+@dataclass
+class ImageSet:
+    """Images to measure. `batches` yields this process' share of (indices, uint8 (b, 3, h, w), labels (b,) or None);
+    a batch holds the same images whatever the number of processes, so features do not depend on it."""
+    name: str
+    batches: typing.Iterable
+    n: int | None                 # None: known when `batches` has ended
+    size: list[int] | None        # [h, w]; None likewise
+    labels: Tensor | None = None  # (n,) where there are classes
+    made: str = ""                # how they were generated, where we know
+
+
+def from_dataset(source: str, cfg: "Config", role: str) -> ImageSet:
+    """All images of an npz, or of what `data.dataset` reads; or cfg.subset of them, drawn once for all."""
+    size = cfg.size or None
+    images = npz_images(source, size) if source.endswith(".npz") else data.dataset(source, size)
+    if isinstance(images, data.Files):
+        if role == "generated" and any(name.lower().endswith((".jpg", ".jpeg")) for name in images.names):
+            note(f"warning: {source} holds JPEG files: compression alone moves an FID; save samples as PNG or npz")
+        if not size:
+            check_sizes(images)
+    found = len(images)
+    if role == "generated":
+        check_count(source, found, cfg.num)
+    chosen = torch.arange(found)
+    if cfg.subset and cfg.subset < found:
+        chosen = torch.randperm(found, generator=data.generator("subset", cfg.seed))[:cfg.subset].sort().values
+    lists = [part.tolist() for part in chosen.split(cfg.batch)][data.rank()::data.world()]
+    workers = cfg.workers if cfg.workers >= 0 else min(4, os.cpu_count()) if isinstance(images, data.Files) else 0
+    labels = torch.as_tensor(images.labels)[chosen] if images.num_classes > 1 else None
+    batches = ((indices, *batch) for indices, batch in zip(lists, data.batches(images, lists, workers)))
+    return ImageSet(source, batches, len(chosen), list(images.shape[1:]), labels)
+
+
+def check_count(name: str, found: int | None, num: int) -> None:
+    """--num is exact: fewer images mean that generating broke off, more that an older set lies in the same folder."""
+    if num and found != num:
+        count = "an unknown number of" if found is None else f"{found:,}"
+        raise ValueError(f"found {count} images in {name}, --num asks for {num:,} (--subset draws some of them)")
+
+
+def from_run(source: str, cfg: "Config") -> ImageSet:
+    """cfg.num images that the checkpoint of a run generates from seed cfg.seed; generators of jumps do it their way."""
+    if not cfg.num:
+        raise ValueError(f"{source} is a run: --num says how many images to generate")
+    path = sample.find_checkpoint(source)
+    device = torch.device(cfg.device)
+    net = model.load(path).to(device).eval()
+    labels = sample.labels_for(cfg.num, net.num_classes)
+    if cfg.labels == "random":
+        labels = torch.randint(net.num_classes, (cfg.num,), generator=data.generator("labels", cfg.seed))
+    options = dict(steps=cfg.steps, solver=cfg.solver, guidance=cfg.guidance) | sample.own_settings(path)
+    made = f"{sample.describe(**options)}, EMA weights, {cfg.labels} labels, seed {cfg.seed}"
+    batches = ((indices, images, labels[indices])
+               for indices, images in sample.generate(net, labels, cfg.seed, cfg.batch, **options))
+    return ImageSet(source, batches, cfg.num, list(net.shape[1:]), labels if net.num_classes > 1 else None, made)
+
+
+def from_batches(source: typing.Iterable[Tensor], crop: int) -> ImageSet:
+    """Any iterable of uint8 (N, 3, h, w); under torch.distributed each process passes its own share."""
+    found = ImageSet("an iterable", (), None, None)
+
+    def numbered():
+        count = 0
+        for images in source:
+            size = list(check_images(images).shape[2:])
+            found.size = found.size or size
+            if size != found.size:
+                raise ValueError(f"images have 2 sizes: {found.size}, and {size} after {count:,} images")
+            yield [(count + k) * data.world() + data.rank() for k in range(len(images))], images, None
+            count += len(images)
+
+    if crop:
+        raise ValueError(f"--size {crop} crops files; crop the batches of an iterable before they come here")
+    found.batches = numbered()
+    return found
+
+
+def is_run(source: str) -> bool:
+    """A folder with last.pt, or a file of weights."""
+    path = Path(source)
+    return (path / "last.pt").exists() or path.is_file() and path.suffix in (".pt", ".pth")
+
+
+def open_images(source, cfg: "Config", role: str) -> ImageSet:
+    """The images of any source; role: generated or reference."""
+    if not isinstance(source, str):
+        return from_batches(source, cfg.size)
+    return from_run(source, cfg) if is_run(source) else from_dataset(source, cfg, role)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# 7. From images, or a statistics file, to what the scores need
+# --------------------------------------------------------------------------------------------------------------------
+
+@dataclass
+class Measured:
+    """What is known of an image set once its images have been through the network."""
+    name: str
+    n: int | None                                # images behind the moments; None where a file does not say
+    meta: dict                                   # features, resize and size: must agree; {} where nobody recorded it
+    moments: dict[str, tuple[Tensor, Tensor]]    # of "features" and "spatial": mean (D,) and covariance (D, D)
+    rows: dict[str, Tensor] = field(default_factory=dict)  # "features" (N, D), "logits" (N, classes), if kept
+    accuracy: float | None = None                # share of labels that the network finds, where there are labels
+    labels: str = "unknown"
+    made: str = ""
+
+    def save(self, path: str) -> None:
+        """Write what `read_statistics` reads, under ADM's names."""
+        arrays = {name: value for kind, pair in self.moments.items() for name, value in zip(STORED[kind][0], pair)}
+        np.savez(path, **arrays, n=self.n or 0, meta=json.dumps(self.meta))
+
+
+@torch.no_grad()
+def measure(net: InceptionV3 | GlyphNet, images: ImageSet, keep: tuple[str, ...] = ()) -> Measured:
+    """One pass of an image set through the network: moments of all its features, and the rows of those in `keep`.
+
+    Under torch.distributed each process measures its share, and all of them get the whole, rows in order of index.
+    """
+    device = next(net.parameters()).device
+    graded = isinstance(net, GlyphNet) and images.labels is not None and bool((images.labels < 10).all())
+    sums = {kind: Statistics(net.widths[kind], device) for kind in STORED if kind in net.widths}
+    rows, order, right = {name: [] for name in keep}, [], torch.zeros((), dtype=torch.float64, device=device)
+    with tqdm(total=images.n, unit="img", desc=images.name, delay=2, disable=data.rank() > 0) as bar:
+        for indices, pixels, labels in images.batches:
+            out = net.extract(pixels.to(device))
+            for kind, total in sums.items():
+                total.update(out[kind])
+            for name, kept in rows.items():
+                kept.append(out[name].cpu())
+            if graded:
+                right += (out["logits"].argmax(1) == labels.to(device)).sum()
+            order += indices
+            bar.update(min(len(pixels) * data.world(), (images.n or sys.maxsize) - bar.n))
+    for total in sums.values():
+        total.all_reduce()
+    if data.world() > 1:
+        dist.all_reduce(right)
+    place = gather(torch.tensor(order, dtype=torch.int64)).argsort()
+    for name in keep:  # one after the other: 50,000 features take 410 MB
+        rows[name] = gather(torch.cat([torch.empty(0, net.widths[name]), *rows[name]]))[place]
+    n = sums["features"].n
+    return Measured(images.name, n, dict(features=net.label, resize=net.resize, size=images.size),
+                    {kind: total.mean_cov() for kind, total in sums.items()}, rows,
+                    float(right) / n if graded else None, describe_labels(images.labels), images.made)
+
+
+def describe_labels(labels: Tensor | None) -> str:
+    """As many of each class make a lower FID than labels drawn at random, so it belongs to the protocol."""
+    if labels is None or not len(labels):
+        return "unknown"
+    low, high = labels.bincount().aminmax()
+    return f"balanced, {low} a class" if low == high else f"{low} to {high} a class"
+
+
+STORED = {"features": (("mu", "sigma"), ("ref_mu", "ref_sigma")), "spatial": (("mu_s", "sigma_s"),)}  # names in files
+
+
+def stored_arrays(path: str) -> dict:
+    """The arrays of a statistics file, .npz or .pt, that are about statistics; {} for other files."""
+    wanted = {"n", "meta", *(name for pairs in STORED.values() for pair in pairs for name in pair)}
+    if path.endswith((".pkl", ".pickle")):
+        raise ValueError(f"{path}: reading a pickle runs the code in it; convert it once to npz: "
+                         "numpy.savez('reference.npz', mu=..., sigma=...)")
+    if path.endswith(".npz"):
+        names = npz_members(path) & wanted
+        try:
+            with np.load(path) as file:
+                return {name: file[name] for name in names}
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            raise ValueError(f"{path}: not a readable npz ({error}); get or write it again") from error
+    if path.endswith(".pt"):
+        try:
+            found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except Exception:  # a checkpoint of some older kind, which model.load knows to read or to explain
+            return {}
+        return {name: found[name] for name in wanted & found.keys()} if isinstance(found, dict) else {}
+    return {}
+
+
+def read_statistics(path: str) -> Measured | None:
+    """The moments of a statistics file, or None for files without any."""
+    arrays, moments = stored_arrays(path), {}
+    for kind, pairs in STORED.items():
+        for mean, cov in pairs:
+            if mean in arrays and cov in arrays:
+                moments[kind] = tuple(torch.as_tensor(arrays[name]).double() for name in (mean, cov))
+    if "features" not in moments:
+        return None
+    meta = json.loads(str(arrays["meta"])) if "meta" in arrays else {}
+    return Measured(path, int(arrays.get("n", 0)) or None, meta, moments)
+
+
+def check_protocol(name: str, meta: dict, ours: dict) -> None:
+    """ValueError when features, resize rule or image size of a set (None: not known yet) are not those of this run."""
+    def words(known):
+        return ", ".join(f"{key}={value}" for key, value in known.items())
+
+    if any(meta[key] != ours[key] for key in meta.keys() & ours.keys() if meta[key] and ours[key]):
+        raise ValueError(f"{name}: statistics were made with {words(meta)}; this run uses {words(ours)}: recompute "
+                         "with --save_stats, or crop all images alike with --size")
+
+
+def check_unrecorded(name: str, net: InceptionV3 | GlyphNet) -> None:
+    """A statistics file without our record is taken for one of the 2015-12-05 weights, as published ones are."""
+    if net.suffix:
+        raise ValueError(f"{name} does not say how it was made. Published statistics are of the 2015-12-05 weights: "
+                         "use --weights fid; those of other features can only be compared when made with --save_stats")
+    note(f"warning: {name} does not say how it was made: taken for the 2015-12-05 weights, {net.resize}")
+
+
+class Source:
+    """One side of a comparison, opened: whatever can be wrong with it shows before any image is measured."""
+
+    def __init__(self, source, net: InceptionV3 | GlyphNet, cfg: "Config", role: str, keep: tuple[str, ...]):
+        self.net, self.keep, self.num = net, keep, cfg.num if role == "generated" else 0
+        path = isinstance(source, str) and Path(source).is_file()
+        self.stored = read_statistics(source) if path else None
+        self.has_images = not self.stored or source.endswith(".npz") and "arr_0" in npz_members(source)
+        if self.stored and not self.stored.meta:
+            check_unrecorded(source, net)
+        if self.stored:
+            check_count(source, self.stored.n, self.num)
+        if self.stored and self.has_images:
+            note(f"{source}: Frechet distances from its mu and sigma, " +
+                 ("the rest from its images (arr_0)" if keep else "not from its images (arr_0)"))
+        self.images = open_images(source, cfg, role) if self.has_images and (keep or not self.stored) else None
+        self.name, size = (self.images.name, self.images.size) if self.images else (source, None)
+        self.meta = dict(features=net.label, resize=net.resize, size=size) | (self.stored.meta if self.stored else {})
+
+    def measure(self) -> Measured:
+        if not self.images:
+            return self.stored
+        found = measure(self.net, self.images, self.keep)
+        if self.stored:
+            found.moments, found.n = self.stored.moments, self.stored.n
+        elif self.images.n is None:  # an iterable, whose end tells how many they are
+            check_count(self.name, found.n, self.num)
+        return found
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# 8. Scores
+# --------------------------------------------------------------------------------------------------------------------
+
 def note(text: str) -> None:
     """Tell the user something, on rank 0 and on stderr, where it does not spoil --json."""
     if data.rank() == 0:
         print(text, file=sys.stderr)
 
 
-def warn_of_few(n: int, dim: int) -> None:
-    if n < 2 * dim:
-        note(f"warning: {n:,} images for {dim:,} features: below {2 * dim:,} the distance is mostly small-sample bias")
+def warn_of_few(n: int | None, dim: int, floor: float | None) -> None:
+    if n is not None and n < 2 * dim:
+        note(f"warning: only N={n:,} < 2*{dim:,} samples: the Frechet distance is dominated by bias "
+             f"(floor ~{floor:.3g}); prefer KID")
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# 5. Scores
-# --------------------------------------------------------------------------------------------------------------------
-
-@torch.no_grad()
-def measure(net: InceptionV3 | GlyphNet, batches, total: int, task: str) -> tuple[Statistics, float]:
-    """Statistics of the features, and the share of images that GlyphNet gives their label, over all processes.
-
-    `batches` yields this process' (uint8 (b, 3, h, w), labels (b,)); `total` is how many images the bar expects.
-    """
-    device = next(net.parameters()).device
-    stats, right = Statistics(net.dim, device), torch.zeros((), dtype=torch.float64, device=device)
-    with tqdm(total=total, unit="img", desc=task, delay=2, disable=data.rank() > 0) as bar:
-        for images, labels in batches:
-            features = net(images.to(device))
-            if isinstance(net, GlyphNet):
-                features, logits = features
-                right += (logits.argmax(1) == labels.to(device)).sum()
-            stats.update(features)
-            bar.update(len(images))
-    stats.all_reduce()
-    if data.world() > 1:
-        dist.all_reduce(right)
-    return stats, float(right) / max(stats.n, 1)
+def score_name(base: str, net: InceptionV3 | GlyphNet, n: int | None) -> str:
+    """The key of a score: fid only for the 2015-12-05 weights and 50,000 images or more, else fid5k, fid_torchvision,
+    fd_glyphs and the like."""
+    if base == "fid" and not isinstance(net, InceptionV3):
+        base = "fd"
+    elif base in ("fid", "sfid") and (n is None or n < 50_000):
+        base += "_of_unknown_n" if n is None else str(n) if n % 1000 else f"{n // 1000}k"
+    return base + net.suffix
 
 
-def real_glyphs(net: GlyphNet, n: int, size: int) -> tuple[tuple[Tensor, Tensor], float]:
-    """(mean, covariance) of the features of n held-out real glyphs, and the floor of FD-glyphs: their distance to n
-    others, which is what a perfect generator gets with as many images of each digit."""
-    rank, world = data.rank(), data.world()
-    moments = []
+def title(name: str) -> str:
+    """fid5k_torchvision -> FID5k (torchvision weights)."""
+    for key, shown in (("_torchvision", " (torchvision weights)"), ("fd_glyphs", "FD-glyphs"),
+                       ("_glyphs", " (GlyphNet)"), ("sfid", "sFID"), ("fid", "FID"), ("kid", "KID")):
+        name = name.replace(key, shown)
+    return "IS" + name[2:] if name.startswith("is") else name
+
+
+def compare(net: InceptionV3 | GlyphNet, gen: Measured, ref: Measured, metrics: typing.Collection[str]) -> dict:
+    """{name: dict(value, ...)} for the metrics that both sides have the material for; a note tells of the others."""
+    scores = {}
+    for metric, kind in (("fid", "features"), ("sfid", "spatial")):
+        if metric not in metrics or kind not in net.widths:
+            continue
+        lacking = next((side for side in (gen, ref) if kind not in side.moments), None)
+        if lacking:
+            note(f"{lacking.name} has no mu_s/sigma_s: sFID skipped")
+        else:
+            found = frechet_with_bias(*gen.moments[kind], gen.n, *ref.moments[kind], ref.n)
+            scores[score_name(metric, net, gen.n)] = found | dict(n=gen.n, n_ref=ref.n)
+    if "is" in metrics and "logits" in gen.rows:
+        scores["is" + net.suffix] = inception_score(gen.rows["logits"])
+    elif "is" in metrics:
+        note(f"{gen.name} has no images: Inception Score skipped")
+    wanted = [name for name in (*NEIGHBOURS, "kid") if name in metrics]
+    lacking = next((side for side in (ref, gen) if "features" not in side.rows), None)  # ref: without it, none are kept
+    if wanted and lacking:
+        note(f"{lacking.name} has no images (arr_0): {', '.join(wanted)} skipped")
+    elif wanted:
+        scores |= compare_rows(net, gen.rows["features"], ref.rows["features"], wanted)
+    return scores
+
+
+def compare_rows(net: InceptionV3 | GlyphNet, fake: Tensor, real: Tensor, wanted: list[str]) -> dict:
+    """The scores among `wanted` that need the features of single images: NEIGHBOURS and kid."""
+    device, counts, found = next(net.parameters()).device, dict(n=len(fake), n_ref=len(real)), {}
+    with full_float32(device):
+        fake, real = fake.to(device), real.to(device)
+        if set(NEIGHBOURS) & set(wanted):
+            found = {name: dict(value=value) for name, value in neighbour_scores(real, fake).items()}
+        if "kid" in wanted:
+            found["kid"] = kernel_distance(real, fake)
+    return {name + net.suffix: found[name] | counts for name in wanted}
+
+
+def real_glyphs(net: GlyphNet, n: int, size: int, keep: tuple[str, ...] = ()) -> tuple[Measured, float]:
+    """n held-out real glyphs, measured, and the floor of FD-glyphs: their distance to n others, which is what a perfect
+    generator gets with as many images of each digit."""
+    measured = []
     for seed in (HELD_OUT, HELD_OUT_AGAIN):
-        images, labels = (part[rank::world] for part in data.glyphs(n, size, seed))
-        batches = zip(images.split(500), labels.split(500))
-        moments.append(measure(net, batches, len(images), "real glyphs")[0].mean_cov())
-    return moments[0], frechet_distance(*moments[0], *moments[1])
+        images, labels = data.glyphs(n, size, seed)
+        shares = torch.arange(n).split(500)[data.rank()::data.world()]
+        batches = ((share.tolist(), images[share], labels[share]) for share in shares)
+        measured.append(measure(net, ImageSet(f"glyphs:{seed}", batches, n, [size, size], labels), keep))
+    return measured[0], frechet_distance(*(part for side in measured for part in side.moments["features"]))
 
 
 def score_glyphs(images: Tensor, labels: Tensor | None = None) -> dict:
@@ -473,135 +1053,170 @@ def score_glyphs(images: Tensor, labels: Tensor | None = None) -> dict:
     accuracy: share of images that GlyphNet gives the label asked for, None without labels. Under torch.distributed
     each process passes its own share, of any size, and all get the score of the whole, of n images.
     """
-    net, shown = glyph_net().to(images.device), torch.zeros(len(images)) if labels is None else labels
-    stats, accuracy = measure(net, zip(images.split(500), shown.split(500)), len(images), "generated glyphs")
-    warn_of_few(stats.n, net.dim)
-    real, floor = real_glyphs(net, stats.n, images.shape[-1])
-    return dict(fd_glyphs=frechet_distance(*stats.mean_cov(), *real), floor=floor,
-                accuracy=None if labels is None else accuracy, n=stats.n)
+    net = glyph_net().to(images.device)
+    batches = ((part.tolist(), images[part], None if labels is None else labels[part])
+               for part in torch.arange(len(images)).split(500))
+    found = measure(net, ImageSet("generated glyphs", batches, None, list(images.shape[2:]), labels))
+    real, floor = real_glyphs(net, found.n, images.shape[-1])
+    warn_of_few(found.n, net.widths["features"], floor)
+    return dict(fd_glyphs=frechet_distance(*found.moments["features"], *real.moments["features"]), floor=floor,
+                accuracy=found.accuracy, n=found.n)
 
 
-@dataclass
-class Moments:
-    """Mean (D,) and covariance (D, D) of an image set, of how many images, and how they were made."""
-    name: str
-    mu: np.ndarray | Tensor
-    cov: np.ndarray | Tensor
-    n: int | None
-    meta: dict  # features (network and digest of its weights), resize rule, size [h, w]; {} where nobody recorded it
-    accuracy: float | None = None  # GlyphNet's, where the labels may be digits
+def evaluate(generated, reference="", net: nn.Module | None = None, **options) -> dict:
+    """The scores of an image set against a reference, with their protocol, as a dict of plain values.
 
-    def save(self, path: str) -> None:
-        """Write what `stored_moments` reads; `mu` and `sigma` are ADM's names."""
-        np.savez(path, mu=self.mu, sigma=self.cov, n=self.n or 0, meta=json.dumps(self.meta))
-
-
-def stored_moments(path: str) -> Moments | None:
-    """The `mu` and `sigma` of an npz, or None where it has none."""
-    try:
-        with np.load(path) as file:
-            if not {"mu", "sigma"} <= set(file.files):
-                return None
-            if "arr_0" in file.files:
-                note(f"{path}: using its mu and sigma, not its images (arr_0)")
-            meta = json.loads(str(file["meta"])) if "meta" in file.files else {}
-            n = int(file["n"]) if "n" in file.files else 0
-            return Moments(path, file["mu"], file["sigma"], n or None, meta)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path}: not a readable npz ({error})") from error
-
-
-def image_moments(source: str, net: InceptionV3 | GlyphNet, num: int | None, batch: int, like: dict,
-                  size: int | None = None) -> Moments:
-    """Moments of an npz of statistics, or of `num` images (None: all) of what `data.dataset` reads.
-
-    Those `num` are drawn once for all, since folders are sorted by class and glyphs repeat every ten. ValueError when
-    there are fewer, or when the statistics or images are not `like` those to compare with: features, resize, size as in
-    `Moments.meta`.
+    generated, reference: see the head of this file; a list of generated sets gives their mean and spread. Without
+    reference only statistics are made (save_stats). options: the fields of `Config`, such as num=50_000,
+    weights="fid". With features="glyphs" the reference "glyphs" means as many held-out real ones as are generated.
+    net: other features; a module with what GlyphNet has: extract, widths, metrics, label, resize and suffix.
+    Returns dict(scores={name: dict(value, bias, floor, ...)}, generated, n, reference, n_ref, features, resize, size,
+    ...); names of scores: `score_name`. Under torch.distributed all processes call it, and all get the whole.
     """
-    stored = stored_moments(source) if source.endswith(".npz") and Path(source).is_file() else None
-    images = None if stored else data.dataset(source, size)
-    meta = stored.meta if stored else dict(features=net.label, resize=net.resize, size=list(images.shape[1:]))
-    for key in meta.keys() & like.keys():
-        if meta[key] != like[key]:
-            raise ValueError(f"{source} has {key} {meta[key]}, and is to be compared with {key} {like[key]}: "
-                             "crop all images alike with --size, and make statistics again with --save_stats")
-    found = stored.n if stored else len(images)
-    if num is not None and (found is None or num > found or stored and num != found):
-        raise ValueError(f"found {'an unknown number of' if found is None else f'{found:,}'} images in {source}, "
-                         f"--num asks for {num:,}")
-    if stored:
-        if not meta and isinstance(net, GlyphNet):
-            raise ValueError(f"{source} does not say how it was made; make statistics of glyphs with --save_stats")
-        if not meta:
-            note(f"warning: {source} does not say how it was made; published statistics go with --weights fid")
-        return stored
-    n = found if num is None else num
-    warn_of_few(n, net.dim)
-    mine = torch.randperm(found, generator=data.generator("--num"))[:n].sort().values
-    mine = mine[data.rank()::data.world()].tolist()
-    lists = [mine[k:k + batch] for k in range(0, len(mine), batch)]
-    stats, accuracy = measure(net, data.batches(images, lists), len(mine), source)
-    labelled = isinstance(net, GlyphNet) and 1 < images.num_classes <= 10
-    return Moments(source, *stats.mean_cov(), n, meta, accuracy if labelled else None)
+    cfg = Config(**options)
+    metrics = check_config(cfg)
+    cfg.device = str(data.start_processes(cfg.device))
+    if net is None:
+        net = glyph_net() if cfg.features == "glyphs" else load_inception(cfg.weights, cfg.resize)
+        net = net.to(cfg.device) if cfg.features == "glyphs" else net.to(cfg.device).fast()
+    metrics = [name for name in metrics if name in net.metrics]
+    held_out = reference == "glyphs" and isinstance(net, GlyphNet)
+    pairwise = ("features",) * (bool(reference) and not {*NEIGHBOURS, "kid"}.isdisjoint(metrics))
+    ref = Source(reference, net, cfg, "reference", pairwise) if reference and not held_out else None
+    keep = ("logits",) * ("is" in metrics) + (pairwise if held_out or ref and ref.has_images else ())
+    several = isinstance(generated, list) and all(isinstance(source, str) for source in generated)
+    sources = [Source(source, net, dataclasses.replace(cfg, seed=cfg.seed + k), "generated", keep)
+               for source in (generated if several else [generated]) for k in range(cfg.repeat)]
+    for source in sources:
+        check_protocol(source.name, source.meta, ref.meta if ref else dict(features=net.label, resize=net.resize))
+    measured, results = ref.measure() if ref else None, []
+    for source in sources:
+        gen = source.measure()
+        if cfg.save_stats and data.rank() == 0:
+            gen.save(cfg.save_stats)
+        results.append(describe(net, gen, *scores_of(net, gen, measured, held_out, metrics)))
+    return results[0] if len(results) == 1 else spread(results)
 
 
-def evaluate(generated: str, reference: str, features: str = "inception", weights: str = "torchvision",
-             num: int | None = None, batch: int = 64, device: str = "cpu", save_stats: str = "",
-             size: int | None = None) -> dict:
-    """The distance of two image sets and its protocol, as a dict of plain values that starts with metric and value.
-
-    generated, reference: what `data.dataset` reads, or an npz with mu and sigma. features: "inception", with `weights`
-    as for `load_inception`, or "glyphs", which adds the `floor` of `real_glyphs` and the accuracy for 2 to 10 classes;
-    then the reference "glyphs" means as many held-out real ones as are generated. num: exactly so many generated
-    images. size: crop and scale all images to it. save_stats: an npz for the statistics of `generated`; then reference
-    may be "".
-    """
-    if features not in ("inception", "glyphs"):
-        raise ValueError(f"features {features!r}: expected inception or glyphs")
-    net = (glyph_net() if features == "glyphs" else load_inception(weights)).to(device)
-    ours, held_out, ref = dict(features=net.label, resize=net.resize), features == reference == "glyphs", None
-    if reference and not held_out:
-        ref = image_moments(reference, net, None, batch, ours, size)  # first: a stored one that does not fit fails now
-    gen = image_moments(generated, net, num, batch, ours | (ref.meta if ref else {}), size)
-    if save_stats and data.rank() == 0:
-        gen.save(save_stats)
-    glyphs = {}
-    if features == "glyphs" and reference:
-        real, floor = real_glyphs(net, gen.n, gen.meta["size"][0])
-        ref = Moments(f"glyphs:{HELD_OUT}", *real, gen.n, gen.meta) if held_out else ref
-        glyphs = dict(floor=floor, accuracy=gen.accuracy)
-    value = frechet_distance(gen.mu, gen.cov, ref.mu, ref.cov) if ref else None
-    return dict(metric=metric_name(net, gen.n), value=value, **glyphs, generated=generated, n=gen.n,
-                reference=ref and ref.name, n_ref=ref and ref.n, **ours, size=gen.meta.get("size"))
+def scores_of(net: InceptionV3 | GlyphNet, gen: Measured, ref: Measured | None, held_out: bool,
+              metrics: list[str]) -> tuple[dict, Measured | None]:
+    """The scores of a measured set, and the reference: of `held_out` glyphs there are as many as are generated."""
+    floor, scores = None, {}
+    if isinstance(net, GlyphNet) and (ref or held_out):
+        real, floor = real_glyphs(net, gen.n, gen.meta["size"][0], ("features",))
+        ref = real if held_out else ref
+    if ref:
+        check_protocol(gen.name, gen.meta, ref.meta)  # again: the size of an iterable's images shows in the end
+        scores = compare(net, gen, ref, metrics)
+        if "fd_glyphs" in scores and floor is not None:
+            scores["fd_glyphs"]["floor"] = floor  # of real images rather than expected
+        warn_of_few(gen.n, net.widths["features"], next(iter(scores.values())).get("floor"))
+    if gen.accuracy is not None:
+        scores["accuracy"] = dict(value=gen.accuracy)
+    return scores, ref
 
 
-def metric_name(net: InceptionV3 | GlyphNet, n: int | None) -> str:
-    """What the distance may be called: only the 2015-12-05 weights and 50,000 images or more make an FID."""
-    if isinstance(net, GlyphNet):
-        return "FD-glyphs"
-    if net.flavour == "torchvision":
-        return "FID (torchvision weights)"
-    return "FID" if n and n >= 50_000 else f"FID-{n or '?'}"
+def describe(net: InceptionV3 | GlyphNet, gen: Measured, scores: dict, ref: Measured | None) -> dict:
+    """The scores of one generated set and how they came about: what `evaluate` returns."""
+    return dict(scores=scores, generated=gen.name, n=gen.n, labels=gen.labels, made=gen.made,
+                reference=ref.name if ref else None, n_ref=ref.n if ref else None,
+                features=net.label, resize=net.resize, size=gen.meta.get("size"))
+
+
+def spread(results: list[dict]) -> dict:
+    """Mean and standard deviation of each score over several results of the same protocol; `sets` has them singly."""
+    names = results[0]["scores"].keys()
+    for one in results:
+        if one["scores"].keys() != names:
+            raise ValueError(f"only sample sets of one size and kind have a spread: {results[0]['generated']} has "
+                             f"{', '.join(names)}; {one['generated']} has {', '.join(one['scores'])}")
+    values = {name: [one["scores"][name]["value"] for one in results] for name in names}
+    scores = {name: dict(value=statistics.mean(found), std=statistics.stdev(found), sets=len(found))
+              for name, found in values.items()}
+    if any("fid" in name for name in names):
+        note("note: retraining moves an FID by 1 to 2 %, three times what new samples do: differences below that say "
+             "nothing about a method (arXiv:2606.20536)")
+    generated = ", ".join(dict.fromkeys(one["generated"] for one in results))
+    return results[0] | dict(scores=scores, generated=generated, sets=results)
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# 6. Command line
+# 9. Command line
 # --------------------------------------------------------------------------------------------------------------------
 
 @dataclass
 class Config:
-    generated: str = option("", "image folder, zip, npz of images or statistics, glyphs, glyphs:SEED")
+    generated: str = option("", "images, statistics, a run folder, glyphs or glyphs:SEED; A,B,C: several sets")
     reference: str = option("", "the same; with --features glyphs, glyphs means held-out real ones")
     features: str = option("inception", "whose features to compare", choices=("inception", "glyphs"))
-    weights: str = option("torchvision", "of InceptionV3: torchvision, fid, or a file")
-    num: int = option(0, "use exactly so many generated images, drawn once for all; 0: use all")
+    weights: str = option("torchvision", "of InceptionV3: torchvision, fid (published FIDs), or a file")
+    resize: str = option("tf1", "how images become 299 pixels wide: tf1 (published FIDs), pytorch (half-pixel bilinear "
+                         "of pytorch-fid), clean (antialiased bicubic of clean-fid)", choices=tuple(RESIZES))
+    metrics: str = option(",".join(METRICS), "which to compute")
+    num: int = option(0, "how many generated images there must be, or how many a run generates; 0: any")
+    subset: int = option(0, "draw so many images of each side, once for all; 0: use all")
     size: int = option(0, "crop and scale all images to this many pixels; 0 keeps them as they are")
     batch: int = option(64, "images at a time")
+    workers: int = option(-1, "processes that decode image files; -1: up to 4 for files, none for arrays")
+    steps: int = option(50, "a run as GENERATED: solver steps")
+    solver: str = option("ab2", "the same: how its flow is integrated", tuple(sample.SOLVERS))
+    guidance: float = option(1.0, "the same: guidance scale; 1 is none")
+    labels: str = option("balanced", "the same: each class equally often, or at random as in ADM, DiT and SiT",
+                         choices=("balanced", "random"))
+    seed: int = option(0, "the same: sample i depends on (seed, i) only; also draws --subset")
+    repeat: int = option(1, "measure so often, with seeds one apart, and give mean and spread")
     device: str = option("auto", "where the network runs", choices=("auto", "cpu", "cuda"))
     json: bool = option(False, "print the result as one JSON object")
     save_stats: str = option("", "an npz for the statistics of GENERATED; REFERENCE may then be left out")
-    benchmark: bool = option(False, "compare our Frechet distance with scipy's sqrtm at D = 2048, and stop")
+    mmhm: str = option("", "A.json,B.json,...: rank results of --json by the harmonic mean of their scaled scores")
+    bounds: str = option("", "with --mmhm: a JSON file of lowest and highest scores, written if it is not there")
+    benchmark: bool = option(False, "time the Frechet distance and the feature extraction, and stop")
+
+
+def check_config(cfg: Config) -> tuple[str, ...]:
+    """The metrics asked for; ValueError for options that cannot be."""
+    metrics = tuple(cfg.metrics.split(","))
+    wrong = [name for name in metrics if name not in METRICS]
+    if wrong:
+        raise ValueError(f"--metrics {wrong[0]}: choose from {','.join(METRICS)}")
+    for name in ("features", "resize", "labels", "solver"):
+        choices = Config.__dataclass_fields__[name].metadata["choices"]
+        if getattr(cfg, name) not in choices:
+            raise ValueError(f"--{name} {getattr(cfg, name)}: choose from {', '.join(choices)}")
+    if cfg.batch < 1 or cfg.repeat < 1 or min(cfg.num, cfg.subset, cfg.size) < 0:
+        raise ValueError(f"--batch {cfg.batch} --repeat {cfg.repeat} --num {cfg.num} --subset {cfg.subset} --size "
+                         f"{cfg.size}: expected batch and repeat of at least 1 and the rest of at least 0")
+    if cfg.save_stats and not cfg.save_stats.endswith(".npz"):
+        raise ValueError(f"--save_stats {cfg.save_stats}: the name must end in .npz")
+    return metrics
+
+
+def as_text(found: dict) -> str:
+    """The result of `evaluate` for people: a line for each score, with the reference it stands against."""
+    lines = []
+    for name, score in found["scores"].items():
+        extras = [f"{key} {value:,}" if isinstance(value, int) else f"{key} {value:.4g}"
+                  for key, value in score.items() if key != "value" and value is not None]
+        extras += [] if name.startswith(("is", "accuracy")) else [f"against {found['reference']}"]
+        value = 0.0 if -1e-3 < score["value"] < 0 and "bias" in score else score["value"]  # rounding of a distance 0
+        lines.append(f"{title(name):34} {value:10.4f}   {', '.join(extras)}")
+    protocol = {key: value for key, value in found.items() if key not in ("scores", "sets") and value}
+    return "\n".join(lines + [f"{key:10} {value}" for key, value in protocol.items()])
+
+
+def rank_models(files: list[str], bounds_file: str) -> str:
+    """MMHM of several results of --json, over FID, IS, precision and recall as far as all of them have these."""
+    known = json.loads(Path(bounds_file).read_text()) if bounds_file and Path(bounds_file).exists() else None
+    models = {file: {name: score["value"] for name, score in json.loads(Path(file).read_text())["scores"].items()}
+              for file in files}
+    common = [name for name in known or models[files[0]] if name.startswith(("fid", "fd_", "is", "precision", "recall"))
+              and all(name in scores for scores in models.values())]
+    means, bounds = mmhm({file: {name: scores[name] for name in common} for file, scores in models.items()}, known)
+    if bounds_file and not known:
+        Path(bounds_file).write_text(json.dumps(bounds, indent=2) + "\n")
+    names = ", ".join(title(name) for name in bounds)
+    lines = [f"{mean:.4f}   {file}" for file, mean in sorted(means.items(), key=lambda item: -item[1])]
+    return "\n".join([f"MMHM of {names}, bounds {bounds_file if known else 'of these results'}", *lines])
 
 
 def known_distance(d: int) -> tuple[Tensor, Tensor, Tensor, Tensor, float]:
@@ -644,21 +1259,24 @@ def benchmark(d: int = 2048) -> None:
 def main(argv: list[str] | None = None) -> None:
     cfg = data.parse(Config, argv, __doc__, positional=("generated", "reference"))
     if cfg == Config():
-        print(__doc__.strip())
-    elif cfg.benchmark:
-        benchmark()
-    elif not cfg.generated or not (cfg.reference or cfg.save_stats):
+        return print(__doc__.strip())
+    if cfg.benchmark:
+        return benchmark()
+    if cfg.mmhm:
+        return print(rank_models(cfg.mmhm.split(","), cfg.bounds))
+    if cfg.bounds:
+        raise ValueError(f"--bounds {cfg.bounds}: goes with --mmhm A.json,B.json")
+    if not cfg.generated or not (cfg.reference or cfg.save_stats):
         raise ValueError("give GENERATED and REFERENCE, or one set of images and --save_stats OUT.npz")
-    elif cfg.save_stats and not cfg.save_stats.endswith(".npz"):
-        raise ValueError(f"--save_stats {cfg.save_stats}: the name must end in .npz")
-    else:
-        device = data.start_processes(cfg.device)
-        result = evaluate(cfg.generated, cfg.reference, cfg.features, cfg.weights, cfg.num or None, cfg.batch, device,
-                          cfg.save_stats, cfg.size or None)
-        text = "\n".join(f"{key:10} {value}" for key, value in result.items() if value is not None)
-        if data.rank() == 0:
-            print(json.dumps(result) if cfg.json else text)
-        data.stop_processes()
+    sources = cfg.generated.split(",")
+    if cfg.save_stats and len(sources) * cfg.repeat > 1:
+        raise ValueError(f"--save_stats {cfg.save_stats}: of one set of images, got {len(sources) * cfg.repeat}")
+    options = dataclasses.asdict(cfg)
+    found = evaluate(sources if len(sources) > 1 else sources[0], cfg.reference,
+                     **{name: options[name] for name in options if name not in ("generated", "reference")})
+    if data.rank() == 0:
+        print(json.dumps(found) if cfg.json else as_text(found))
+    data.stop_processes()
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ two ways. Tolerances: float64 identities 1e-9 and better, float32 against anothe
 """
 import argparse
 import dataclasses
+import functools
 import gzip
 import io
 import json
@@ -22,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import tracemalloc
 import types
 import zipfile
 from pathlib import Path
@@ -2502,9 +2504,10 @@ def inception_shapes(flavour):
     return own | AUX if flavour == "torchvision" else own
 
 
-def golden_file(folder, flavour):
+@functools.lru_cache(maxsize=None)
+def golden_file(flavour):
     """A weights file with the golden weights, the auxiliary head and batch counters in it as in torchvision's."""
-    path = folder / f"{flavour}.pth"
+    path = Path(tempfile.mkdtemp()) / f"{flavour}.pth"
     state = golden_weights(inception_shapes(flavour))
     state["Mixed_5b.branch1x1.bn.num_batches_tracked"] = torch.tensor(7)
     torch.save(state, path)
@@ -2574,11 +2577,15 @@ def test_fid_frechet_rank_deficient():
     u, w, zero = rand(64, 1, seed=1), rand(64, 1, seed=2), torch.zeros(64)
     want = u.square().sum() + w.square().sum() - 2 * (u * w).sum().abs()
     assert abs(fid.frechet_distance(zero, u @ u.T, zero, w @ w.T) - want) < 1e-6
-    x, y = rand(30, 64, seed=3), rand(40, 64, seed=4)
-    x, y = x - x.mean(0), y - y.mean(0)
-    want = (x.square().sum() / 29 + y.square().sum() / 39 - 2 * torch.linalg.svdvals(x @ y.T).sum() / (29 * 39) ** .5)
-    got = fid.frechet_distance(zero, x.T @ x / 29, zero, y.T @ y / 39)
-    assert abs(got - want) < 1e-6
+    for d, n, m in ((64, 30, 40), (512, 100, 200)):
+        scale = torch.arange(1, d + 1) ** -0.5
+        x, y = rand(n, d, seed=3) * scale, rand(m, d, seed=4) * scale
+        x, y = x - x.mean(0), y - y.mean(0)
+        trace = 2 * torch.linalg.svdvals(x @ y.T).sum() / ((n - 1) * (m - 1)) ** .5
+        want = x.square().sum() / (n - 1) + y.square().sum() / (m - 1) - trace
+        nil = torch.zeros(d)
+        assert abs(fid.frechet_distance(nil, x.T @ x / (n - 1), nil, y.T @ y / (m - 1)) - want) < 1e-6
+    x = x[:30, :64] - x[:30, :64].mean(0)
     one_sided = fid.frechet_distance(zero, x.T @ x / 29, zero, spd(64, 5))
     assert abs(one_sided - fid.frechet_distance(zero, spd(64, 5), zero, x.T @ x / 29)) < 1e-9
 
@@ -2590,6 +2597,114 @@ def test_fid_frechet_refuses_what_does_not_belong_together():
     raises(lambda: fid.frechet_distance(one, eye, one, torch.eye(4)), "(4, 4)")
     raises(lambda: fid.frechet_distance(one, eye, torch.zeros(1), eye), "(1,)")  # would broadcast
     raises(lambda: fid.frechet_distance(one, eye, one, eye * float("nan")), "cov2", "non-finite")
+
+
+def test_fid_bias_is_what_few_images_add():
+    """20 draws of 64 D images: the mean distance less B(N) is the true one within 3 standard errors, and the floor is
+    the distance of a perfect generator. A reference of few images adds its share."""
+    d, n = 32, 2048
+    scale, shift = torch.arange(1, d + 1, dtype=torch.float64) ** -0.5, 0.05
+    zero, cov, wide = torch.zeros(d, dtype=torch.float64), torch.diag(scale ** 2), torch.diag((1.3 * scale) ** 2)
+
+    def moments(seed, std, mean):
+        stats = fid.Statistics(d)
+        stats.update(rand(n, d, seed=seed) * std + mean)
+        return stats.mean_cov()
+
+    def excess(key, runs, truth):
+        gaps = np.array([run["value"] - run[key] - truth for run in runs])
+        assert abs(gaps.mean()) < 3 * gaps.std(ddof=1) / 20 ** 0.5, (key, gaps.mean())
+        assert np.mean([run["value"] for run in runs]) - truth > 0.9 * runs[0][key] > 0
+
+    truth = d * shift ** 2 + (0.3 * scale).square().sum()
+    other = [fid.frechet_with_bias(*moments(k, 1.3 * scale, shift), n, zero, cov, None) for k in range(20)]
+    both = [fid.frechet_with_bias(*moments(k, 1.3 * scale, shift), n, *moments(99 - k, scale, 0), n) for k in range(20)]
+    perfect = [fid.frechet_with_bias(*moments(k, scale, 0), n, *moments(99 - k, scale, 0), n) for k in range(20)]
+    excess("bias", other, truth)
+    excess("bias", both, truth)
+    excess("floor", perfect, 0)
+    assert fid.frechet_with_bias(zero, cov, None, zero, wide, None)["bias"] is None
+
+
+def test_fid_inception_score_closed_forms():
+    """K equally frequent one-hot predictions score K, also when sorted by class; constant ones score 1."""
+    labels = torch.arange(1000) % 10
+    for order in (labels, labels.sort().values):
+        score = fid.inception_score(1e4 * torch.eye(12)[order])
+        assert 9.3 < score["value"] <= 10 and 0 < score["std"] < 0.3
+        assert abs(fid.inception_score(1e4 * torch.eye(12)[order], splits=1)["value"] - 10) < 1e-9
+    assert abs(fid.inception_score(torch.ones(100, 5))["value"] - 1) < 1e-9
+    p = torch.tensor([[0.7, 0.3], [0.2, 0.8]])
+    kl = (p * (p / p.mean(0)).log()).sum(1).mean().exp()
+    assert abs(fid.inception_score(p.log(), splits=1)["value"] - kl) < 1e-6
+
+
+def test_fid_neighbour_scores():
+    """Against their definition point by point; identical sets get 1, far ones 0, a collapsed one precision alone;
+    precision and recall change places with the sets; more rows than a chunk, rotation and scaling change nothing."""
+    real, fake = rand(60, 5, seed=1), 0.7 * rand(80, 5, seed=2) + 0.3
+    got = fid.neighbour_scores(real, fake)
+    across, own, other = torch.cdist(real, fake), torch.cdist(real, real), torch.cdist(fake, fake)
+    r3, r5 = (own.sort(1).values[:, k] for k in (3, 5))
+    f3 = other.sort(1).values[:, 3]
+    assert got["precision"] == (across <= r3[:, None]).any(0).double().mean()
+    assert got["recall"] == (across <= f3).any(1).double().mean()
+    assert abs(got["density"] - (across < r5[:, None]).sum() / (5 * 80)) < 1e-12
+    assert got["coverage"] == (across < r5[:, None]).any(1).double().mean() and 0 < got["recall"] < 1
+    back = fid.neighbour_scores(fake, real)
+    assert (back["precision"], back["recall"]) == (got["recall"], got["precision"])
+    turn = 3 * torch.linalg.qr(rand(5, 5, seed=3)).Q
+    assert fid.neighbour_scores(real @ turn + 1, fake @ turn + 1) == got
+    many = torch.cat([real + k * 1e3 for k in range(20)]), torch.cat([fake + k * 1e3 for k in range(20)])
+    assert all(abs(value - got[name]) < 1e-9 for name, value in fid.neighbour_scores(*many).items())
+    assert set(fid.neighbour_scores(real, real).values()) == {1.0}
+    assert set(fid.neighbour_scores(real, real + 1e3).values()) == {0.0}
+    collapsed = fid.neighbour_scores(real, real[:1] + 1e-4 * rand(80, 5))
+    assert collapsed["precision"] == 1 and collapsed["recall"] < 0.05
+    raises(lambda: fid.neighbour_scores(real[:5], fake), "more than 5 images", "5")
+
+
+def test_fid_kernel_distance():
+    """The unbiased MMD by its definition; equal laws average 0, a shift is positive, a rotation changes nothing."""
+    x, y = rand(40, 6, seed=1), rand(40, 6, seed=2) + 0.5
+
+    def k(a, b):
+        return (a @ b / 6 + 1) ** 3
+
+    pairs = [(i, j) for i in range(40) for j in range(40) if i != j]
+    within = sum(k(z[i], z[j]) for z in (x, y) for i, j in pairs) / len(pairs)
+    want = within - 2 * sum(k(a, b) for a in x for b in y) / 1600
+    got = fid.kernel_distance(x, y)
+    assert abs(got["value"] - want) < 1e-9 and got["std"] == 0 and got["value"] > 0.05
+    turn = torch.linalg.qr(rand(6, 6, seed=3)).Q
+    assert abs(fid.kernel_distance(x @ turn, y @ turn)["value"] - want) < 1e-9
+    null = fid.kernel_distance(rand(2000, 6, seed=4), rand(2000, 6, seed=5), size=500)
+    assert abs(null["value"]) < 0.01 and null["std"] > 0
+    raises(lambda: fid.kernel_distance(x[:1], y), "at least 2 images", "1 and 40")
+
+
+def test_fid_mmhm(tmp_path, capsys):
+    """The best of all in everything has 1 + 1e-3 = K / (K / (1 + 1e-3)), the worst 1e-3; lower distances are better;
+    saved bounds keep a model's number when others come."""
+    columns = ("fid5k", "precision")
+    models = {name: dict(zip(columns, row)) for name, row in dict(a=(2.0, 0.8), b=(4.0, 0.6), c=(3.0, 0.8)).items()}
+    means, bounds = fid.mmhm(models)
+    assert abs(means["a"] - 1.001) < 1e-9 and abs(means["b"] - 1e-3) < 1e-9
+    assert abs(means["c"] - 2 / (1 / 0.501 + 1 / 1.001)) < 1e-9 and bounds == dict(fid5k=[2, 4], precision=[0.6, 0.8])
+    better = models | {"d": dict(fid5k=1.0, precision=0.9)}
+    kept = fid.mmhm(better, bounds)[0]
+    assert fid.mmhm(better)[0]["a"] < 1 and kept["a"] == means["a"] == kept["d"]
+    raises(lambda: fid.mmhm({"a": dict(fid5k=1.0)}, bounds), "a has the metrics fid5k", "precision")
+    files = [str(tmp_path / f"{name}.json") for name in models]
+    for file, scores in zip(files, models.values()):
+        kid = {"kid": dict(value=0.1), "labels": dict(value=1)}
+        Path(file).write_text(json.dumps(dict(scores={name: dict(value=x) for name, x in scores.items()} | kid)))
+    for _ in range(2):  # writes the bounds, then reads them
+        fid.main(["--mmhm", ",".join(files), "--bounds", str(tmp_path / "bounds.json")])
+        lines = capsys.readouterr().out.splitlines()
+        assert "FID5k, precision" in lines[0] and lines[1].split() == ["1.0010", files[0]] and len(lines) == 4
+    assert json.loads((tmp_path / "bounds.json").read_text()) == bounds
+    raises(lambda: fid.main(["--bounds", "b.json"]), "--mmhm")
 
 
 def test_fid_statistics_equal_numpy_for_any_batches():
@@ -2617,61 +2732,87 @@ def test_fid_inception_has_the_names_and_sizes_of_the_files():
     assert shapes["fc.weight"] == (1008, 2048)
 
 
-def test_fid_inception_golden(tmp_path):
-    """Both flavours, recognised from their files, give the numbers of torchvision and of pytorch-fid on a wave."""
-    x = wave((2, 3, 299, 299), .0137)
-    net = fid.InceptionV3(golden_file(tmp_path, "torchvision"))
+def test_fid_inception_golden():
+    """Both flavours, recognised from their files, give the numbers of torchvision and of pytorch-fid on a wave, and so
+    they do with folded normalisation in channels-last memory; an image does not depend on its batch."""
+    x, seen = wave((2, 3, 299, 299), .0137), []
+    net = fid.InceptionV3(golden_file("torchvision"))
     net.train()
     out = net.outputs(x)
     assert net.flavour == "torchvision" and not net.training
-    close(summary(out["pool3"], [0, 1, 1365, 2048, 4095]),
+    close(summary(out["features"], [0, 1, 1365, 2048, 4095]),
           [0.1132500644, 0.2243506167, 0.9033113718, 0.8530551791, 0.1643990576, 0.9033060074, 0.3203912675])
     close(summary(out["logits"] + net.fc.bias, [0, 1, 666, 1000, 1999]),
           [0.0038307788, 0.6621285819, -0.8854402900, -0.9017716050, -0.8211702108, -0.8854588866, 0.8038506508])
-    net = fid.InceptionV3(golden_file(tmp_path, "fid"))
+    net = fid.InceptionV3(golden_file("fid"))
     out = net.outputs(x)
     assert net.flavour == "fid"
-    close(summary(out["pool3"], [0, 1, 1365, 2048, 4095]),
+    close(summary(out["features"], [0, 1, 1365, 2048, 4095]),
           [0.1181154694, 0.2483061382, 0.9254347086, 1.0329910517, 0.0, 0.9254313111, 0.1479515433])
     close(summary(out["logits"], [0, 1, 672, 1008, 2015]),
           [0.0118307078, 0.7277952804, -0.9783409834, -0.9400481582, -0.5902845860, -0.9783401489, 0.3934402466])
     close(summary(out["spatial"], [])[:2], [0.2028957800, 0.2759872773])
-    net.Mixed_6d.branch1x1.register_forward_hook(lambda module, args, result: seen.append(result))
-    seen = []
+    net.fast()
+    hook = net.Mixed_6d.branch1x1.register_forward_hook(lambda module, args, result: seen.append(result))
     again = net.outputs(x[1:])
     assert torch.equal(again["spatial"].view(1, 17, 17, 7), seen[0][:, :7].permute(0, 2, 3, 1))
-    close(again["pool3"], out["pool3"][1:], 1e-5)  # an image does not depend on its batch
+    hook.remove()
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in net.modules())
+    assert seen[0].is_contiguous(memory_format=torch.channels_last)
+    for name in out:
+        close(again[name].flatten(), out[name][1:].flatten(), 1e-5)
 
 
 def test_fid_inception_preprocessing():
     """uint8 images are resized and mapped as documented; autocast changes nothing, TF32 is off."""
-    images = data.glyphs(2)[0]
-    for flavour in ("torchvision", "fid"):
-        torch.manual_seed(0)
-        net = fid.InceptionV3(flavour=flavour)
-        x = fid.resize_tf1(images)
-        x = (x - 128) / 128 if flavour == "fid" else x / 127.5 - 1
-        want = net.outputs(x)["pool3"]
-        assert torch.equal(net(images), want) and want.dtype == torch.float32 and want.shape == (2, 2048)
-    before = torch.backends.cudnn.allow_tf32
+    image = data.glyphs(1)[0]
+    torch.manual_seed(0)
+    net = fid.InceptionV3(flavour="fid")
+    for resize, function in (("clean", fid.resize_clean), ("pytorch", fid.resize_pytorch), ("tf1", fid.resize_tf1)):
+        net = fid.InceptionV3(flavour="fid", resize=resize)
+        x, seen = function(image), []
+        hook = net.Conv2d_1a_3x3.register_forward_hook(lambda module, args, result: seen.append(args[0]))
+        got = net(image)
+        hook.remove()
+        assert torch.equal(seen[0], x / 127.5 - 1 if resize == "pytorch" else (x - 128) / 128)
+        assert got.dtype == torch.float32 and got.shape == (1, 2048) and net.resize.startswith(resize)
+    assert net.resize == "tf1 to 299, (x-128)/128"
+    assert fid.InceptionV3(flavour="torchvision").resize == "tf1 to 299, x/127.5-1"
+    matmul, convolution = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, convolution.allow_tf32
+    matmul.allow_tf32 = True
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(net(images), want)
+        assert torch.equal(net(image), got)
     with fid.full_float32(torch.device("cpu")):
-        assert not torch.backends.cudnn.allow_tf32
-    assert torch.backends.cudnn.allow_tf32 == before
-    raises(lambda: net(images.float()), "data.to_uint8", "float32")
-    raises(lambda: net(images[:, :1]), "(N, 3, h, w)")
+        assert not convolution.allow_tf32 and not matmul.allow_tf32
+    assert matmul.allow_tf32 and convolution.allow_tf32 == before[1]
+    matmul.allow_tf32 = before[0]
+    raises(lambda: net(image.float()), "data.to_uint8", "float32")
+    raises(lambda: net(image[:, :1]), "(N, 3, h, w)")
 
 
-def test_fid_resize_reads_input_i_n_over_299():
-    """The TF1 rule: a ramp of n becomes i n / 299 up to the clamped edge, in x and in y; 299 pixels are left alone."""
-    same = torch.randint(0, 256, (1, 3, 299, 299), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+def test_fid_resize_rules():
+    """tf1 reads input i n / 299: a ramp of n becomes i n / 299 up to the clamped edge, and any image what StyleGAN's
+    shifted grid gives; pytorch is half a pixel further; clean is Pillow's bicubic of float images. 299 pixels stay."""
+    rng = torch.Generator().manual_seed(0)
+    same = torch.randint(0, 256, (1, 3, 299, 299), dtype=torch.uint8, generator=rng)
     assert torch.equal(fid.resize_tf1(same), same.float())
     for n in (32, 256, 512):
         ramp = torch.arange(n, dtype=torch.float32).expand(1, 1, n, n)
         want = (torch.arange(299) * n / 299).clamp_max(n - 1).expand(1, 1, 299, 299)
         assert (fid.resize_tf1(ramp) - want).abs().max() < 1e-4
         assert (fid.resize_tf1(ramp.mT) - want.mT).abs().max() < 1e-4
+        phase = (fid.resize_pytorch(ramp) - fid.resize_tf1(ramp))[..., 20:-20] - 0.5 * (n / 299 - 1)
+        assert phase.abs().max() < 1e-3
+        image = torch.randint(0, 256, (1, 3, n, n), dtype=torch.uint8, generator=rng)
+        theta = torch.eye(2, 3)[None]
+        theta[0, :, 2] += 1 / n - 1 / 299
+        grid = nn.functional.affine_grid(theta, [1, 3, 299, 299], align_corners=False)
+        shifted = nn.functional.grid_sample(image.float(), grid, padding_mode="border", align_corners=False)
+        assert (fid.resize_tf1(image) - shifted).abs().max() < 0.05  # float32 grid positions; a wrong rule is off by 50
+        pillow = [np.array(Image.fromarray(channel.float().numpy(), "F").resize((299, 299), Image.Resampling.BICUBIC))
+                  for channel in image[0]]
+        assert (fid.resize_clean(image)[0] - torch.from_numpy(np.stack(pillow)).clamp(0, 255)).abs().max() < 0.01
 
 
 def test_fid_weights_files_that_cannot_be_used(tmp_path):
@@ -2684,7 +2825,7 @@ def test_fid_weights_files_that_cannot_be_used(tmp_path):
     raises(lambda: fid.load_inception("fid"), "4 bytes", "incomplete")
     half.unlink()
     raises(lambda: fid.load_inception("no.pth"), "no.pth", "torchvision")
-    whole = golden_file(tmp_path, "fid")
+    whole = golden_file("fid")
     raises(lambda: fid.InceptionV3(whole, "torchvision"), "fid weights, not torchvision", "1008")
     (tmp_path / "cut.pth").write_bytes(whole.read_bytes()[:1_000_000])
     raises(lambda: fid.InceptionV3(tmp_path / "cut.pth"), "cut.pth", "incomplete")
@@ -2730,7 +2871,7 @@ def test_fid_score_of_real_wrong_and_noisy_glyphs(capsys):
     assert "warning" not in capsys.readouterr().err
     fid.score_glyphs(images[:100])
     notes = capsys.readouterr().err
-    assert "warning: 100 images for 64 features" in notes and notes.count("warning") == 1
+    assert "warning: only N=100 < 2*64 samples" in notes and "prefer KID" in notes and notes.count("warning") == 1
     raises(lambda: fid.score_glyphs(data.to_float(images)), "data.to_uint8")
 
 
@@ -2746,109 +2887,291 @@ def write_npz(path, images, labels):
     return str(path)
 
 
-def test_fid_evaluate_glyphs_from_folder_npz_and_statistics(tmp_path):
-    """A folder, an npz and saved statistics of the same images score alike, and as score_glyphs does."""
-    images, labels = data.glyphs(300, seed=5)
-    want = fid.score_glyphs(images, labels)
-    npz, png = write_npz(tmp_path / "a.npz", images, labels), write_folder(tmp_path / "png", images, labels)
-    stats = str(tmp_path / "stats.npz")
-    first = fid.evaluate(npz, "glyphs", "glyphs", save_stats=stats)
-    assert list(first)[:2] == ["metric", "value"] and first["metric"] == "FD-glyphs"
-    assert first["features"].startswith("glyphnet ") and first["size"] == [32, 32]
-    assert first["reference"] == "glyphs:1" and first["n"] == first["n_ref"] == 300
-    for source in (npz, png, stats):
-        got = fid.evaluate(source, "glyphs", "glyphs", batch=70)
-        assert abs(got["value"] - want["fd_glyphs"]) < 1e-8 and got["floor"] == want["floor"], source
-        assert got["accuracy"] == (None if source == stats else want["accuracy"])
-    assert abs(fid.evaluate(png, stats, "glyphs")["value"]) < 1e-8
-    assert fid.evaluate(png, "", "glyphs", save_stats=stats)["value"] is None
-    part = fid.evaluate(npz, stats, "glyphs", num=150)
-    assert part["n"] == 150 and part["n_ref"] == 300 and part["value"] > 0
+class Toy(nn.Module):
+    """Features of every kind from 48 cells of an image, in float64: cheap, and the same in any batch."""
+    label, resize, suffix, metrics = "toy", "none", "_toy", fid.METRICS
+    widths = dict(features=12, spatial=6, logits=10)
+
+    def __init__(self):
+        super().__init__()
+        self.mix = nn.Parameter(rand(48, 28, seed=7) / 7)
+
+    def extract(self, images):
+        cells = nn.functional.adaptive_avg_pool2d(fid.check_images(images).double() / 255, 4).flatten(1)
+        return dict(zip(self.widths, ((cells[:, :, None] * self.mix).sum(1)).split((12, 6, 10), 1)))
 
 
-def test_fid_evaluate_draws_exactly_num_images_of_all_classes(tmp_path):
-    """--num N takes N images, the same each time and of every class, whether these are sorted or repeat every ten."""
-    images, labels = data.glyphs(200, seed=5)
-    order, net = labels.argsort(stable=True), fid.glyph_net()
-    for name, kept in (("sorted", order), ("in turn", torch.arange(200))):
-        npz, seen = write_npz(tmp_path / f"{name}.npz", images[kept], labels[kept]), []
-        hook = net.register_forward_hook(lambda module, args, result: seen.append(result))
-        moments = fid.image_moments(npz, net, 100, 64, {})
-        hook.remove()
-        features, logits = (torch.cat(part) for part in zip(*seen))
-        assert len(features) == moments.n == 100
-        assert logits.argmax(1).bincount(minlength=10).min() >= 5, name
-        assert torch.allclose(moments.mu, features.double().mean(0))
-        assert torch.equal(fid.image_moments(npz, net, 100, 64, {}).mu, moments.mu)
-    raises(lambda: fid.evaluate(npz, "glyphs", "glyphs", num=50_000),
-           f"found 200 images in {npz}", "--num asks for 50,000")
+def values(result):
+    return {name: score["value"] for name, score in result["scores"].items()}
 
 
-def test_fid_evaluate_refuses_to_mix_protocols(tmp_path, capsys):
-    """Statistics of other weights, resize rules, sizes or counts do not compare; unrecorded ones are announced."""
-    images, labels = data.glyphs(200, seed=5)
-    npz, stats = write_npz(tmp_path / "a.npz", images, labels), str(tmp_path / "stats.npz")
-    fid.evaluate(npz, "", "glyphs", save_stats=stats)
+def assert_same_scores(got, want, tolerance=1e-9):
+    assert values(got).keys() == values(want).keys()
+    for name, value in values(want).items():
+        assert abs(values(got)[name] - value) <= tolerance, name
+
+
+TOY = Toy()
+REAL = data.glyphs(120, seed=6)
+
+
+def toy(generated, reference, **options):
+    return fid.evaluate(generated, reference, net=TOY, device="cpu", **options)
+
+
+def test_fid_every_kind_of_images_scores_alike(tmp_path, capsys):
+    """A folder (nested, .PNG), a zip, an npz, a compressed and a channels-first one, and batches have the same scores,
+    for any batch size, order of images and number of workers; statistics files have those that need no images."""
+    images, labels = data.glyphs(80, seed=5)
+    real, npz = write_npz(tmp_path / "real.npz", *REAL), write_npz(tmp_path / "a.npz", images, labels)
+    want = toy(npz, real)
+    names = ("fd", "sfid80", "is", *fid.NEIGHBOURS, "kid")
+    assert list(values(want)) == [f"{name}_toy" for name in names] and want["labels"] == "balanced, 8 a class"
+    assert want["n"] == 80 and want["n_ref"] == 120 and want["size"] == [32, 32]
+    assert want["scores"]["precision_toy"]["n_ref"] == 120 and 0 < want["scores"]["precision_toy"]["value"] <= 1
+    folder = write_folder(tmp_path / "png" / "deep", images, labels)
+    os.rename(Path(folder) / "3" / "00003.png", Path(folder) / "3" / "00003.PNG")
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        for path in sorted(Path(folder).rglob("*.*")):
+            archive.write(path, f"inside/{path.name}")
+    np.savez_compressed(tmp_path / "small.npz", images=images.numpy())
+    for source in (str(tmp_path / "png"), str(tmp_path / "a.zip"), str(tmp_path / "small.npz"), list(images.split(33))):
+        got = toy(source, real, batch=30)
+        assert got["n"] == 80 and got["scores"].keys() == want["scores"].keys()
+        if source in (str(tmp_path / "png"), str(tmp_path / "a.zip")):  # in another order, of which IS takes its parts
+            got["scores"]["is_toy"] = want["scores"]["is_toy"]
+        assert_same_scores(got, want)
+    assert_same_scores(toy(folder, real, batch=7, workers=2), toy(folder, real))
+    write_npz(tmp_path / "back.npz", images.flip(0), labels.flip(0))
+    assert_same_scores(toy(str(tmp_path / "back.npz"), real, metrics="fid,sfid,precision,coverage"),
+                       toy(npz, real, metrics="fid,sfid,precision,coverage"))
+    stats, alone = str(tmp_path / "stats.npz"), toy(npz, "", save_stats=str(tmp_path / "stats.npz"))
+    assert alone["scores"] == {} and alone["reference"] is None
+    capsys.readouterr()
+    assert_same_scores(toy(stats, real), toy(npz, real, metrics="fid,sfid"))
+    notes = capsys.readouterr().err
+    assert "stats.npz has no images: Inception Score skipped" in notes
+    assert "stats.npz has no images (arr_0): precision, recall, density, coverage, kid skipped" in notes
+    small, large = toy(npz, real, subset=50), toy(npz, real, subset=50, seed=1)
+    assert small["n"] == small["n_ref"] == 50 and values(small) == values(toy(npz, real, subset=50))
+    assert values(small)["fd_toy"] != values(large)["fd_toy"]
+
+
+def test_fid_npz_is_streamed(tmp_path):
+    """Rows come one at a time, forwards and backwards, of 3 or 1 channels, with memory for a few of them only."""
+    pixels = np.random.RandomState(0).randint(0, 256, (300, 64, 64, 3)).astype(np.uint8)
+    np.savez(tmp_path / "a.npz", arr_0=pixels)
+    np.savez_compressed(tmp_path / "grey.npz", images=pixels[:9, :, :, :1])
+    rows = fid.NpzRows(str(tmp_path / "a.npz"), "arr_0")
+    assert rows.shape == (300, 3, 64, 64) and len(rows) == 300
+    tracemalloc.start()
+    same = all(np.array_equal(rows[i].permute(1, 2, 0), pixels[i]) for i in [*range(300), 5, 4])
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert same and peak < pixels.nbytes / 3, f"{peak:,} bytes at once"
+    grey = fid.NpzRows(str(tmp_path / "grey.npz"), "images")
+    assert grey[8].shape == (3, 64, 64) and np.array_equal(grey[8][2], pixels[8, :, :, 0])
+    whole = (tmp_path / "a.npz").read_bytes()
+    (tmp_path / "cut.npz").write_bytes(whole[:len(whole) // 2])
+    raises(lambda: toy(str(tmp_path / "cut.npz"), ""), "cut.npz", "not a readable npz")
+    for wrong in (pixels[0], pixels.astype(np.float32) / 255, pixels[:, :, :, :2]):
+        np.savez(tmp_path / "wrong.npz", arr_0=wrong)
+        raises(lambda: toy(str(tmp_path / "wrong.npz"), ""), str(wrong.dtype), "expected uint8 NHWC", "data.to_uint8")
+    np.savez(tmp_path / "none.npz", x=pixels[0])
+    raises(lambda: toy(str(tmp_path / "none.npz"), ""), "holds x", "arr_0", "mu and sigma")
+
+
+def test_fid_adm_reference_and_other_statistics(tmp_path, capsys):
+    """ADM's file: Frechet distances from mu, sigma, mu_s, sigma_s, precision and recall from arr_0. Other names, .pt
+    files, and files without spatial statistics do as far as they go; pickles are refused; nothing unrecorded compares
+    with any but the 2015-12-05 weights."""
+    images, labels = data.glyphs(80, seed=5)
+    npz, adm = write_npz(tmp_path / "a.npz", images, labels), str(tmp_path / "adm.npz")
+    net = Toy()
+    net.suffix = ""  # stands for the 2015-12-05 weights
+    whole, part = REAL[0], REAL[0][:50]
+    toy(write_npz(tmp_path / "whole.npz", *REAL), "", save_stats=str(tmp_path / "own.npz"))
+    with np.load(tmp_path / "own.npz") as file:
+        known = {name: file[name] for name in ("mu", "sigma", "mu_s", "sigma_s")}
+        features = TOY.extract(whole)["features"].detach().numpy()
+        assert np.abs(known["sigma"] - np.cov(features, rowvar=False)).max() < 1e-12
+    np.savez(adm, arr_0=part.permute(0, 2, 3, 1).numpy(), **known)
+    some = write_npz(tmp_path / "part.npz", part, REAL[1][:50])
+    capsys.readouterr()
+    got = fid.evaluate(npz, adm, net=net, device="cpu")
+    notes = capsys.readouterr().err
+    assert "mu and sigma, the rest from its images (arr_0)" in notes and "does not say how it was made" in notes
+    assert got["n_ref"] is None and got["scores"]["recall"]["n_ref"] == 50
+    frechet, rows = (fid.evaluate(npz, other, net=net, device="cpu") for other in (str(tmp_path / "own.npz"), some))
+    for name in ("fd", "sfid80"):
+        assert abs(got["scores"][name]["value"] - frechet["scores"][name]["value"]) < 1e-9
+        assert got["scores"][name]["bias"] < frechet["scores"][name]["bias"]  # of unknown size, so it counts as exact
+    for name in (*fid.NEIGHBOURS, "kid", "is"):
+        assert got["scores"][name]["value"] == rows["scores"][name]["value"], name
+    np.savez(tmp_path / "alias.npz", ref_mu=known["mu"], ref_sigma=known["sigma"])
+    torch.save({name: torch.from_numpy(known[name]) for name in ("mu", "sigma")}, tmp_path / "stats.pt")
+    for name in ("alias.npz", "stats.pt"):
+        other = fid.evaluate(npz, str(tmp_path / name), net=net, device="cpu")
+        assert list(other["scores"]) == ["fd", "is"] and abs(values(other)["fd"] - values(got)["fd"]) < 1e-9
+        assert f"{name} has no mu_s/sigma_s: sFID skipped" in capsys.readouterr().err
+    raises(lambda: toy(npz, adm), "does not say how it was made", "--weights fid", "--save_stats")
+    (tmp_path / "edm.pkl").write_bytes(b"pickle")
+    raises(lambda: toy(npz, str(tmp_path / "edm.pkl")), "edm.pkl", "numpy.savez")
+    small = write_npz(tmp_path / "small.npz", *data.glyphs(20, size=16))
+    raises(lambda: fid.evaluate(small, adm, net=net, device="cpu"), "size=[32, 32]", "size=[16, 16]", "--size")
+    (tmp_path / "broken.npz").write_bytes(b"PK")
+    raises(lambda: toy(str(tmp_path / "broken.npz"), npz), "broken.npz", "not a readable")
+
+
+def test_fid_refuses_to_mix_protocols(tmp_path):
+    """Statistics of other weights, resize rules or sizes do not compare, nor do counts that are not --num, nor images
+    of several sizes; wrong options are named."""
+    npz, stats = write_npz(tmp_path / "a.npz", *REAL), str(tmp_path / "stats.npz")
+    toy(npz, "", save_stats=stats)
     with np.load(stats) as file:
         parts = dict(file)
-    for key, other in (("features", "glyphnet 00000000"), ("resize", "bicubic"), ("size", [64, 64])):
+    assert json.loads(str(parts["meta"])) == dict(features="toy", resize="none", size=[32, 32]) and parts["n"] == 120
+    for key, other in (("features", "inception fid 6726825d"), ("resize", "clean"), ("size", [64, 64])):
         meta = json.loads(str(parts["meta"])) | {key: other}
         np.savez(tmp_path / "other.npz", **parts | {"meta": json.dumps(meta)})
-        raises(lambda: fid.evaluate(npz, str(tmp_path / "other.npz"), "glyphs"), key, "--save_stats")
-    raises(lambda: fid.evaluate(stats, npz, "glyphs", num=100), "found 200 images", "--num asks for 100")
-    np.savez(tmp_path / "bare.npz", mu=parts["mu"], sigma=parts["sigma"], arr_0=parts["mu"])
-    raises(lambda: fid.evaluate(npz, str(tmp_path / "bare.npz"), "glyphs"), "does not say how it was made")
-    capsys.readouterr()
-    bare = fid.image_moments(str(tmp_path / "bare.npz"), fid.InceptionV3(), None, 64, {"features": "inception"})
+        for pair in ((npz, str(tmp_path / "other.npz")), (str(tmp_path / "other.npz"), npz)):
+            raises(lambda: toy(*pair), f"{key}={other}", f"{key}=", "--save_stats")
+    for source in (npz, stats):
+        raises(lambda: toy(source, npz, num=100), f"found 120 images in {source}", "--num asks for 100")
+        raises(lambda: toy(source, npz, num=50_000), "found 120 images", "--num asks for 50,000")
+        toy(source, npz, num=120, metrics="fid")
+    raises(lambda: toy([REAL[0]], npz, num=100), "found 120 images in an iterable", "--num asks for 100")
+    mixed = tmp_path / "mixed"
+    write_folder(mixed, *REAL)
+    Image.new("RGB", (48, 40)).save(mixed / "0" / "odd.png")
+    raises(lambda: toy(str(mixed), npz), "2 sizes: 32x32 (120), 48x40 (1: 0/odd.png)", "--size")
+    assert toy(str(mixed), npz, size=32)["n"] == 121
+    raises(lambda: toy([REAL[0], torch.zeros(1, 3, 8, 8, dtype=torch.uint8)], npz), "2 sizes", "after 120 images")
+    raises(lambda: toy([torch.zeros(2, 3, 8, 8, dtype=torch.uint8)], npz), "size=[8, 8]", "size=[32, 32]")
+    raises(lambda: toy([data.to_float(REAL[0])], npz), "uint8", "data.to_uint8")
+    raises(lambda: toy([REAL[0]], npz, size=16), "--size 16", "iterable")
+    raises(lambda: toy(npz, npz, metrics="fid,fit"), "--metrics fit", "coverage")
+    raises(lambda: toy(npz, npz, resize="bilinear"), "--resize bilinear", "tf1, pytorch, clean")
+    raises(lambda: toy(npz, npz, batch=0), "--batch 0")
+    raises(lambda: toy(npz, npz, save_stats="a.txt"), "a.txt", ".npz")
+    raises(lambda: toy(str(tmp_path / "no"), npz), "no such file or folder")
+
+
+def test_fid_warnings(tmp_path, capsys):
+    """JPEG files among the generated, too few samples with their floor, and what differences mean, are told once."""
+    real = write_npz(tmp_path / "real.npz", *REAL)
+    (tmp_path / "jpg").mkdir()
+    for i, image in enumerate(REAL[0][:20]):
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / "jpg" / f"{i}.JPG")
+    got = toy(str(tmp_path / "jpg"), real)
     notes = capsys.readouterr().err
-    assert "not its images (arr_0)" in notes and "--weights fid" in notes and bare.n is None
-    assert np.array_equal(bare.mu, parts["mu"]) and np.array_equal(bare.cov, parts["sigma"])
-    (tmp_path / "broken.npz").write_bytes(b"PK")
-    broken = str(tmp_path / "broken.npz")
-    raises(lambda: fid.evaluate(broken, npz, "glyphs"), broken, "not a readable")
+    assert notes.count("JPEG") == 1 and "only N=20 < 2*12 samples" in notes
+    assert f"floor ~{got['scores']['fd_toy']['floor']:.3g}); prefer KID" in notes
+    toy(real, str(tmp_path / "jpg"))
+    assert capsys.readouterr().err == ""
 
 
-def test_fid_evaluate_inception_names_what_it_measured(tmp_path):
-    """FID only for the 2015-12-05 weights and 50,000 images; the protocol has flavour, file digest and resize rule."""
-    net = fid.InceptionV3(flavour="fid")
-    assert fid.metric_name(net, 50_000) == "FID" and fid.metric_name(net, 5000) == "FID-5000"
-    torch.save(net.state_dict(), tmp_path / "w.pth")
-    images, labels = data.glyphs(6, seed=5)
-    npz, stats = write_npz(tmp_path / "a.npz", images, labels), tmp_path / "stats.npz"
+def test_fid_several_sets_have_a_spread(tmp_path, capsys):
+    """A list of sets, or --repeat, gives mean, deviation and each one; sets of other sizes have no common name."""
+    real = write_npz(tmp_path / "real.npz", *REAL)
+    sets = [write_npz(tmp_path / f"{seed}.npz", *data.glyphs(60, seed=seed)) for seed in (11, 12, 13)]
+    got, single = toy(sets, real), [toy(one, real) for one in sets]
+    for name, score in got["scores"].items():
+        found = [one["scores"][name]["value"] for one in single]
+        assert abs(score["value"] - np.mean(found)) < 1e-9 and abs(score["std"] - np.std(found, ddof=1)) < 1e-9
+    assert [values(one) for one in got["sets"]] == [values(one) for one in single] and score["sets"] == 3
+    assert "retraining" in capsys.readouterr().err and all(one in got["generated"] for one in sets)
+    twice = toy(sets[0], real, subset=40, repeat=2, seed=5)
+    assert values(twice["sets"][0])["is_toy"] == values(toy(sets[0], real, subset=40, seed=5))["is_toy"]
+    assert values(twice["sets"][0]) != values(twice["sets"][1])
+    raises(lambda: toy([sets[0], real], real), "one size", "sfid60_toy", "sfid120_toy")
+
+
+def test_fid_a_run_generates_what_is_measured(tmp_path):
+    """A run folder is sampled from (seed, index) in the way asked for, and its protocol is told."""
+    run_folder, real = tmp_path / "run", write_npz(tmp_path / "real.npz", *REAL)
+    train.train(tiny_run(run_folder, steps=1))
+    got = toy(str(run_folder), real, num=30, steps=2, batch=30, solver="euler", seed=3)
+    net = model.load(run_folder / "last.pt").eval()
+    made = [images for _, images in sample.generate(net, sample.labels_for(30, 10), 3, 30, steps=2, solver="euler")]
+    assert_same_scores(got, toy(made, real))
+    assert got["made"] == "euler, 2 steps, 2 network evaluations, no guidance, EMA weights, balanced labels, seed 3"
+    assert got["labels"] == "balanced, 3 a class" and got["n"] == 30
+    random = toy(str(run_folder / "last.pt"), real, num=30, steps=1, labels="random", repeat=2, metrics="fid")
+    assert "random labels" in random["made"] and "balanced" not in random["sets"][0]["labels"]
+    assert len({one["scores"]["fd_toy"]["value"] for one in random["sets"]}) == 2
+    raises(lambda: toy(str(run_folder), real), "--num")
+
+
+def test_fid_glyphs_score_as_score_glyphs_does(tmp_path):
+    """evaluate on GlyphNet's features: as many held-out real glyphs, the measured floor, and the accuracy."""
+    images, labels = data.glyphs(300, seed=5)
+    want = fid.score_glyphs(images, labels)
+    npz, stats = write_npz(tmp_path / "a.npz", images, labels), str(tmp_path / "stats.npz")
+    got = fid.evaluate(npz, "glyphs", features="glyphs", save_stats=stats, device="cpu")
+    assert list(values(got)) == ["fd_glyphs", *(f"{name}_glyphs" for name in fid.NEIGHBOURS), "accuracy"]
+    assert got["features"].startswith("glyphnet ") and got["reference"] == "glyphs:1"
+    assert got["n"] == got["n_ref"] == 300
+    assert abs(values(got)["fd_glyphs"] - want["fd_glyphs"]) < 1e-6 and values(got)["accuracy"] == want["accuracy"]
+    again = fid.evaluate(stats, "glyphs", features="glyphs", device="cpu")
+    assert values(again) == {"fd_glyphs": values(got)["fd_glyphs"]}
+    for one in (got, again):
+        assert abs(one["scores"]["fd_glyphs"]["floor"] - want["floor"]) < 1e-6
+    assert abs(values(fid.evaluate(npz, stats, features="glyphs", device="cpu"))["fd_glyphs"]) < 1e-8
+
+
+def test_fid_names_of_scores(tmp_path):
+    """fid only for the 2015-12-05 weights and 50,000 images, and other weights say so; as text each score has its
+    reference beside it, and rounding does not make a distance negative."""
+    net = fid.InceptionV3(golden_file("fid"))
+    names = [fid.score_name("fid", net, n) for n in (50_000, 49_999, 10_000, None)]
+    assert names == ["fid", "fid49999", "fid10k", "fid_of_unknown_n"] and fid.score_name("is", net, 10) == "is"
+    other = fid.InceptionV3(golden_file("torchvision"))
+    assert fid.score_name("fid", other, 50_000) == "fid_torchvision"
+    assert fid.title(fid.score_name("sfid", other, 5000)) == "sFID5k (torchvision weights)"
+    shown = [fid.title(name) for name in ("is", "kid_glyphs", "fd_glyphs", "precision_torchvision")]
+    assert shown == ["IS", "KID (GlyphNet)", "FD-glyphs", "precision (torchvision weights)"]
+    npz = write_npz(tmp_path / "real.npz", *REAL)
+    lines = fid.as_text(toy(npz, npz)).splitlines()
+    wanted = ("fd_toy", "0.0000", "bias", "floor", "n 120, n_ref 120"), ("sFID120",), ("IS", "std")
+    for line, words in zip(lines, wanted):
+        assert all(word in line for word in words) and ("real.npz" in line) == (words[0] != "IS")
+    assert "-0.0000" not in lines[0] and f"reference  {npz}" in lines and "resize     none" in lines
+
+
+def test_fid_inception_end_to_end(tmp_path, capsys):
+    """From a weights file: statistics of the folded network, whose means are the plain one's; the protocol is told."""
+    weights, npz, stats = golden_file("fid"), write_npz(tmp_path / "a.npz", *data.glyphs(6)), tmp_path / "stats.npz"
     state = torch.random.get_rng_state()
-    got = fid.evaluate(npz, "", weights=str(tmp_path / "w.pth"), num=4, batch=3, save_stats=str(stats))
+    fid.main([npz, "--weights", str(weights), "--save_stats", str(stats), "--json", "--device", "cpu", "--batch", "4"])
     assert torch.equal(torch.random.get_rng_state(), state)
-    assert got["metric"] == "FID-4" and got["n"] == 4 and got["size"] == [32, 32]
-    assert got["features"] == f"inception fid {fid.digest((tmp_path / 'w.pth').read_bytes())}"
-    assert got["resize"] == "tf1 bilinear to 299, (x-128)/128"
-    drawn = torch.randperm(6, generator=data.generator("--num"))[:4].sort().values
-    features = net(images[drawn]).double().numpy()
+    got, net = json.loads(capsys.readouterr().out), fid.InceptionV3(weights)
+    assert got["features"] == f"inception fid {fid.digest(weights.read_bytes())}" and got["size"] == [32, 32]
+    assert got["resize"] == net.resize and got["n"] == 6
+    images = data.glyphs(6)[0]
+    plain, fast = net.extract(images), net.fast()
+    out = [fast.extract(part) for part in images.split(4)]  # the spread of these is near float32's resolution
     with np.load(stats) as file:
-        close(file["mu"], features.mean(0), 1e-5)
-        close(file["sigma"], np.cov(features, rowvar=False), 1e-4)
-        assert json.loads(str(file["meta"])) == {key: got[key] for key in ("features", "resize", "size")}
-    net = fid.InceptionV3(flavour="torchvision")
-    assert fid.metric_name(net, 50_000) == "FID (torchvision weights)" and net.resize.endswith("x/127.5-1")
+        for mean, cov, kind in (("mu", "sigma", "features"), ("mu_s", "sigma_s", "spatial")):
+            assert np.abs(file[mean] - plain[kind].double().mean(0).numpy()).max() < 1e-5
+            want = np.cov(torch.cat([part[kind] for part in out]).double().numpy(), rowvar=False)
+            assert 0 < np.abs(file[cov] - want).max() < 1e-4 * np.abs(want).max()
 
 
 def test_fid_command_line(tmp_path, capsys):
-    """Usage without arguments; --json is one object; errors are one line with the nearest flag, exit status 2."""
+    """Usage without arguments; errors are one line with the nearest flag, exit status 2."""
     fid.main([])
     assert "GENERATED REFERENCE" in capsys.readouterr().out
     npz = write_npz(tmp_path / "a.npz", *data.glyphs(150, seed=5))
-    fid.main([npz, "glyphs", "--features", "glyphs", "--num", "140", "--json"])
-    result = json.loads(capsys.readouterr().out)
-    assert result["n"] == 140 and result["floor"] > 0 and result["accuracy"] > 0.98
-    fid.main([npz, "glyphs", "--features", "glyphs", "--device", "cpu", "--batch", "50"])
-    names = {line.split()[0] for line in capsys.readouterr().out.splitlines()}
-    assert {"metric", "value", "floor", "accuracy", "reference", "resize"} <= names
+    fid.main([f"{npz},{npz}", "glyphs", "--features", "glyphs", "--device", "cpu", "--batch", "50"])
+    out = capsys.readouterr().out
+    assert "FD-glyphs" in out and "sets 2" in out and "glyphs:1" in out
     raises(lambda: fid.main([npz, npz]), "inception_v3_google-0cc3c7bd.pth")
     raises(lambda: fid.main([npz]), "REFERENCE", "--save_stats")
-    raises(lambda: fid.main([npz, "--save_stats", "a.txt"]), "a.txt", ".npz")
-    command = [sys.executable, "fid.py", npz, "glyphs", "--featurs", "glyphs"]
-    out = subprocess.run(command, cwd=HERE, capture_output=True, text=True)
-    assert out.returncode == 2 and out.stderr.startswith("error: ") and "--features" in out.stderr
-    assert len(out.stderr.strip().splitlines()) == 1
+    raises(lambda: fid.main([f"{npz},{npz}", "--save_stats", "a.npz"]), "one set", "got 2")
+    done = run("fid.py", npz, "glyphs", "--featurs", "glyphs", cwd=HERE)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and "--features" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
 
 
 def test_fid_benchmark_prints_both(capsys):
@@ -2869,14 +3192,15 @@ images, labels = data.glyphs(301, seed=5)
 mine = slice(0, 101) if rank == 0 else slice(101, None)
 scores = [fid.score_glyphs(images[mine], labels[mine]),
           fid.score_glyphs(images[:301 * (1 - rank)]),
-          fid.evaluate(sys.argv[3], "glyphs", "glyphs", num=131, batch=50)]
+          fid.evaluate(sys.argv[3], "glyphs", features="glyphs", subset=131, batch=50, device="cpu")]
 print(json.dumps(scores))
 dist.destroy_process_group()
 """
 
 
 def test_fid_two_processes_equal_one(tmp_path):
-    """Two gloo processes with unequal shares, one of them empty, get the scores of one process; only one trains."""
+    """Two gloo processes get the scores of one: to 1e-10 where they cut the batches themselves, to float32 where each
+    brings a share of its own, one of them empty. Only one trains."""
     images, labels = data.glyphs(301, seed=5)
     npz = write_npz(tmp_path / "a.npz", images, labels)
     command = [sys.executable, "-c", RANKS, str(tmp_path / "meet")]
@@ -2884,11 +3208,14 @@ def test_fid_two_processes_equal_one(tmp_path):
                               env=os.environ | {"PYTHONPATH": str(HERE)}) for rank in "01"]
     got = [json.loads(p.communicate(timeout=120)[0].splitlines()[-1]) for p in ranks]
     assert got[0] == got[1]
-    for two, one in zip(got[0], [fid.score_glyphs(images, labels), fid.score_glyphs(images),
-                                 fid.evaluate(npz, "glyphs", "glyphs", num=131)]):
+    for two, one in zip(got[0], [fid.score_glyphs(images, labels), fid.score_glyphs(images)]):
         assert two.keys() == one.keys() and two["n"] == one["n"] and two["accuracy"] == one["accuracy"]
-        for key in {"fd_glyphs", "value", "floor"} & two.keys():
+        for key in ("fd_glyphs", "floor"):
             assert abs(two[key] / one[key] - 1) < 1e-6, key  # batches differ, so float32 features do
+    one, two = fid.evaluate(npz, "glyphs", features="glyphs", subset=131, batch=50, device="cpu"), got[0][2]
+    assert two["n"] == 131 and len(values(two)) == 6
+    for name, value in values(one).items():
+        assert abs(values(two)[name] - value) <= 1e-10 * abs(value), name
 
 
 # --------------------------------------------------------------------------------------------------------------------
