@@ -22,6 +22,7 @@ only. Names with "glyphs" are measured on our own small classifier, for experime
 Letters: N images, D features.
 """
 import contextlib
+import copy
 import dataclasses
 import functools
 import hashlib
@@ -1235,8 +1236,19 @@ def known_distance(d: int) -> tuple[Tensor, Tensor, Tensor, Tensor, float]:
     return mu1, cov1, mu2, cov1 + ec + ec.T + ece, float((mu1 - mu2).square().sum() + ece.trace())
 
 
-def benchmark(d: int = 2048) -> None:
-    """Print errors and times, measured in turn: ours (median of three) and scipy's sqrtm (once: it takes long)."""
+def in_turn(calls: dict[str, typing.Callable], rounds: int) -> tuple[dict, dict]:
+    """Run the calls one after the other, `rounds` times -> (last results, median seconds) by name."""
+    results, seconds = {}, {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            results[name] = call()
+            seconds[name].append(time.perf_counter() - start)
+    return results, {name: statistics.median(runs) for name, runs in seconds.items()}
+
+
+def benchmark_distance(d: int) -> None:
+    """Errors and times of our Frechet distance and of scipy's sqrtm, where the truth is known."""
     from scipy.linalg import sqrtm  # this comparison is all we use scipy for
     mu1, cov1, mu2, cov2, exact = known_distance(d)
 
@@ -1244,16 +1256,56 @@ def benchmark(d: int = 2048) -> None:
         root = sqrtm((cov1 @ cov2).numpy())
         return float((mu1 - mu2).square().sum() + cov1.trace() + cov2.trace() - 2 * np.trace(root).real)
 
-    errors, seconds = {}, {"ours": [], "sqrtm": []}
-    for name in ("ours", "sqrtm", "ours", "ours"):
-        start = time.perf_counter()
-        errors[name] = (frechet_distance(mu1, cov1, mu2, cov2) if name == "ours" else by_sqrtm()) - exact
-        seconds[name].append(time.perf_counter() - start)
-    medians = {name: statistics.median(runs) for name, runs in seconds.items()}
+    found, seconds = in_turn(dict(ours=lambda: frechet_distance(mu1, cov1, mu2, cov2), sqrtm=by_sqrtm), 3)
     print(f"Frechet distance at D = {d}, exact value {exact:.9f}, {torch.get_num_threads()} threads")
-    for name in medians:
-        print(f"  {name:6} error {errors[name]:+.1e}   {medians[name]:7.2f} s")
-    print(f"  sqrtm takes {medians['sqrtm'] / medians['ours']:.1f} times as long")
+    for name in found:
+        print(f"  {name:6} error {found[name] - exact:+.1e}   {seconds[name]:7.2f} s")
+    print(f"  sqrtm takes {seconds['sqrtm'] / seconds['ours']:.1f} times as long")
+
+
+def benchmark_extraction(device: torch.device, batch: int, rounds: int) -> float:
+    """Seconds an image of InceptionV3 as it is built and as it is used; the last one is returned."""
+    with torch.random.fork_rng(devices=[]):
+        plain = InceptionV3()
+        for module in plain.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight)  # torch's own starting weights would let the features fade to 0
+    images, plain = torch.randint(0, 256, (batch, 3, 256, 256), dtype=torch.uint8, device=device), plain.to(device)
+    folded, fast = (copy.deepcopy(plain).fast().to(memory_format=form)
+                    for form in (torch.contiguous_format, torch.channels_last))
+    nets = {"as built": plain, "folded": folded, "folded, channels-last": fast}
+    calls = {name: lambda net=net: net.extract(images)["features"].sum().item() for name, net in nets.items()}
+    in_turn(calls, 1)
+    seconds = in_turn(calls, rounds)[1]
+    print(f"Feature extraction on {device}, batch {batch}, 256 x 256 pixels")
+    for name, time_taken in seconds.items():
+        print(f"  {name:22} {batch / time_taken:7.2f} images/s   {seconds['as built'] / time_taken:.2f} times as built")
+    return seconds["folded, channels-last"] / batch
+
+
+def benchmark_rest(device: torch.device, n: int, per_image: float) -> None:
+    """Seconds that all scores of n images against n take once the features are there, beside those of the features."""
+    net, sides = InceptionV3().to(device), []
+    for seed in (0, 1):
+        rng, sums = torch.Generator().manual_seed(seed), {}
+        rows = {name: torch.randn(n, width, generator=rng).relu() for name, width in net.widths.items()}
+        start = time.perf_counter()
+        for kind in STORED:
+            sums[kind] = Statistics(net.widths[kind])
+            sums[kind].update(rows[kind])
+        moments = {kind: total.mean_cov() for kind, total in sums.items()}
+        sides.append((time.perf_counter() - start, Measured(str(seed), n, {}, moments, rows)))
+    start = time.perf_counter()
+    compare(net, sides[0][1], sides[1][1], METRICS)
+    seconds = time.perf_counter() - start + sum(taken for taken, _ in sides)
+    print(f"All scores of {n:,} images against {n:,}: {seconds:.1f} s; their features {2 * n * per_image:.0f} s")
+
+
+def benchmark(d: int = 2048, batch: int = 32, rounds: int = 5, n: int = 5000) -> None:
+    """Print what the Frechet distance, the features and the rest cost, alternatives in turn in one process."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    benchmark_distance(d)
+    benchmark_rest(device, n, benchmark_extraction(device, batch, rounds))
 
 
 def main(argv: list[str] | None = None) -> None:

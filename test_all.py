@@ -3174,12 +3174,16 @@ def test_fid_command_line(tmp_path, capsys):
     assert len(done.stderr.strip().splitlines()) == 1
 
 
-def test_fid_benchmark_prints_both(capsys):
-    """The comparison with sqrtm runs, at a small size, and both are right."""
-    fid.benchmark(48)
+def test_fid_benchmark_prints_its_tables(capsys):
+    """The comparisons run, at a small size: both Frechet distances are right, and three networks are timed."""
+    fid.benchmark_distance(48)
     lines = capsys.readouterr().out.splitlines()
     errors = [float(line.split()[2]) for line in lines if " error " in line]
     assert len(errors) == 2 and max(map(abs, errors)) < 1e-9 and "times as long" in lines[-1]
+    assert fid.benchmark_extraction(torch.device("cpu"), 1, 1) > 0
+    assert [line.split("  ")[1] for line in capsys.readouterr().out.splitlines()[1:]] == ["as built", "folded", "folded, channels-last"]
+    run, seconds = fid.in_turn(dict(a=lambda: 1, b=lambda: 2), 3)
+    assert run == dict(a=1, b=2) and min(seconds.values()) > 0
 
 
 RANKS = """
