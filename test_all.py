@@ -3692,8 +3692,13 @@ def test_train_clips_the_gradient(tmp_path):
 def test_train_run_folder_and_scores(tmp_path):
     """A run leaves config, log, loss curve, grids, checkpoint and scores with floor and protocol; sample.py reads it."""
     out = tmp_path / "run"
-    result = train.train(tiny_run(out, data="glyphs", score=50, sample_every=5, decay="linear"))
-    assert sorted(p.name for p in out.iterdir()) == ["config.json", "final.json", "last.pt", "log.jsonl", "loss.png", "samples"]
+    result = train.train(tiny_run(out, data="glyphs", score=50, sample_every=5, decay="linear", monitor=20))
+    names = ["config.json", "final.json", "last.pt", "log.jsonl", "loss.png", "samples", "scores.jsonl"]
+    assert sorted(p.name for p in out.iterdir()) == names
+    watched = [json.loads(line) for line in (out / "scores.jsonl").read_text().splitlines()]
+    assert [(row["step"], row["n"], row["reference"]) for row in watched] == [(5, 20, "glyphs:1"), (10, 20, "glyphs:1")]
+    assert all(row["fd_glyphs"] > 0 and 0 <= row["recall_glyphs"] <= 1 for row in watched)
+    assert watched[0]["fd_glyphs"] != watched[1]["fd_glyphs"] and "no guidance" in watched[0]["made"]
     assert sorted(p.name for p in (out / "samples").iterdir()) == ["0000005.png", "0000010.png", "final.png"]
     assert json.loads((out / "config.json").read_text())["batch"] == 8
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
@@ -3706,6 +3711,20 @@ def test_train_run_folder_and_scores(tmp_path):
         assert s["n"] == 50 and 0 < s["floor"] < s["fd_glyphs"] and 0 <= s["accuracy"] <= 1
         assert guidance in s["protocol"] and "2 steps" in s["protocol"] and "EMA" in s["protocol"]
     sample.main([str(out), "--n", "4", "--steps", "1", "--out", str(tmp_path / "s.png"), "--device", "cpu"])
+
+
+def test_train_monitors_images_by_inception(tmp_path):
+    """On other data than glyphs --monitor measures samples by InceptionV3 against the data, whose statistics are made
+    once; names tell number and weights, and the run is the one without monitoring."""
+    options = dict(data=write_npz(tmp_path / "a.npz", *data.glyphs(4)), steps=1, batch=4)
+    train.train(tiny_run(tmp_path / "run", **options, sample_every=1, monitor=3, fid_weights=str(golden_file("torchvision"))))
+    row, = map(json.loads, (tmp_path / "run" / "scores.jsonl").read_text().splitlines())
+    assert row["step"] == 1 and row["fid3_torchvision"] > 0 and row["is_torchvision"] >= 1 and row["n"] == 3
+    assert row["n_ref"] == 4 and row["reference"].endswith("reference.npz") and "fid" not in row
+    train.train(tiny_run(tmp_path / "alone", **options))
+    assert_same_state(tmp_path / "run", tmp_path / "alone")
+    again = train.Config(**options | dict(reference="other.npz"))
+    assert train.monitor_reference(again, tmp_path, torch.device("cpu"))["reference"] == "other.npz"
 
 
 def test_train_init_and_other_data(tmp_path):

@@ -111,6 +111,9 @@ class Config:
     save_every: int = option(1000, "steps between checkpoints")
     keep_every: int = option(0, "steps between checkpoints that stay, step_0002000.pt and so on; 0: last.pt alone")
     score: int = option(1000, "samples scored at the end (glyphs only); 0: none")
+    monitor: int = option(0, "samples scored at every sample grid, into scores.jsonl; 0: none")
+    reference: str = option("", "what --monitor compares images with, as in fid.py; empty: the data, measured once")
+    fid_weights: str = option("torchvision", "InceptionV3's weights for --monitor on images, as in fid.py --weights")
     sample_steps: int = option(25, "solver steps of grids and scores")
     solver: str = option("ab2", "solver of grids and scores", tuple(sample.SOLVERS))
     guidance: float = option(1.5, "guidance scale of grids and of the guided score")
@@ -439,6 +442,31 @@ def score(ema: nn.Module, cfg: Config) -> dict:
     return results
 
 
+def monitor_reference(cfg: Config, source, out: Path, device: torch.device) -> dict:
+    """What `fid.evaluate` compares samples of this run with; statistics of the data are made once, before training."""
+    if source.shape[0] != 3 and not (cfg.reference and cfg.vae):
+        raise ValueError(f"--monitor {cfg.monitor}: samples of latents are decoded by --vae and compared with images: give both "
+                         f"it and --reference")
+    if cfg.data.split(":")[0] == "glyphs" and not cfg.reference:
+        return dict(reference="glyphs", features="glyphs", device=str(device))
+    how, stored = dict(weights=cfg.fid_weights, device=str(device), metrics="fid,is"), out / "reference.npz"
+    if not cfg.reference and not stored.exists():
+        fid.evaluate(cfg.data, size=cfg.size, save_stats=str(stored), **how)
+        data.barrier()
+    return how | dict(reference=cfg.reference or str(stored))
+
+
+def monitor(ema: nn.Module, cfg: Config, against: dict, step: int, path: Path, codec: data.VAE | None) -> None:
+    """Add a line to scores.jsonl: cfg.monitor unguided samples, under names that tell their number (fid5k)."""
+    options = sampling(cfg, 1.0)
+    made = sample.generate(ema, sample.labels_for(cfg.monitor, ema.num_classes), cfg.seed + 1, codec=codec, **options)
+    found = fid.evaluate((images for _, images in made), **against)
+    values = {name: score["value"] for name, score in found.pop("scores").items()}
+    if data.rank() == 0:
+        with open(path, "a") as file:
+            file.write(json.dumps({"step": step, **values, **found, "made": sample.describe(**options)}) + "\n")
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # 3. The loop
 # --------------------------------------------------------------------------------------------------------------------
@@ -530,6 +558,7 @@ def train(cfg: Config) -> dict:
     opts = {role: torch.optim.AdamW(parameters, cfg.lr, (cfg.beta1, cfg.beta2), weight_decay=cfg.weight_decay,
                                     fused=device.type != "mps") for role, parameters in trained.items()}
     start, before = resume(out / "last.pt", cfg, nets, opts, ema) if cfg.resume else (0, 0.0)
+    against = monitor_reference(cfg, source, out, device) if cfg.monitor else {}
     if scored(cfg):
         fid.glyph_net()  # trained now rather than after the run, should anything be wrong with its place
     guides = load_classifier(cfg, nets["G"])
@@ -597,6 +626,8 @@ def train(cfg: Config) -> dict:
                     shutil.copyfile(out / "last.pt", out / f"step_{done:07d}.pt")
             if show and not stopped:
                 write_grid(ema, cfg, out / "samples" / f"{done:07d}.png", codec)
+                if cfg.monitor:
+                    monitor(ema, cfg, against, done, out / "scores.jsonl", codec)
                 log.since = time.perf_counter()
             if stopped:
                 break
