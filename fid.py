@@ -253,7 +253,7 @@ class Statistics:
         features = features.to(self.sum)  # to float64 before the product, which in float32 would lose four digits
         self.count += len(features)
         self.sum += features.sum(0)
-        self.outer += features.T @ features
+        self.outer.addmm_(features.T, features)
 
     def all_reduce(self) -> None:
         """Add up the shares of all processes: once, after the last update."""
