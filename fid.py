@@ -837,7 +837,7 @@ class Measured:
 
 
 @torch.no_grad()
-def measure(net: InceptionV3 | GlyphNet, images: ImageSet, keep: tuple[str, ...] = ()) -> Measured:
+def measure(net: InceptionV3 | GlyphNet, images: ImageSet, keep: typing.Collection[str] = ()) -> Measured:
     """One pass of an image set through the network: moments of all its features, and the rows of those in `keep`.
 
     Under torch.distributed each process measures its share, and all of them get the whole, rows in order of index.
@@ -937,15 +937,16 @@ def check_unrecorded(name: str, net: InceptionV3 | GlyphNet) -> None:
 class Source:
     """One side of a comparison, opened: whatever can be wrong with it shows before any image is measured."""
 
-    def __init__(self, source, net: InceptionV3 | GlyphNet, cfg: "Config", role: str, keep: tuple[str, ...]):
+    def __init__(self, source, net: InceptionV3 | GlyphNet, cfg: "Config", role: str, keep: list[str]):
         self.net, self.keep, self.num = net, keep, cfg.num if role == "generated" else 0
         path = isinstance(source, str) and Path(source).is_file()
         self.stored = read_statistics(source) if path else None
         self.has_images = not self.stored or source.endswith(".npz") and "arr_0" in npz_members(source)
+        if self.stored:
+            check_protocol(source, self.stored.meta, dict(features=net.label, resize=net.resize))
+            check_count(source, self.stored.n, self.num)
         if self.stored and not self.stored.meta:
             check_unrecorded(source, net)
-        if self.stored:
-            check_count(source, self.stored.n, self.num)
         if self.stored and self.has_images:
             note(f"{source}: Frechet distances from its mu and sigma, " +
                  ("the rest from its images (arr_0)" if keep else "not from its images (arr_0)"))
@@ -974,8 +975,8 @@ def note(text: str) -> None:
         print(text, file=sys.stderr)
 
 
-def warn_of_few(n: int | None, dim: int, floor: float | None) -> None:
-    if n is not None and n < 2 * dim:
+def warn_of_few(n: int, dim: int, floor: float) -> None:
+    if n < 2 * dim:
         note(f"warning: only N={n:,} < 2*{dim:,} samples: the Frechet distance is dominated by bias "
              f"(floor ~{floor:.3g}); prefer KID")
 
@@ -1035,7 +1036,7 @@ def compare_rows(net: InceptionV3 | GlyphNet, fake: Tensor, real: Tensor, wanted
     return {name + net.suffix: found[name] | counts for name in wanted}
 
 
-def real_glyphs(net: GlyphNet, n: int, size: int, keep: tuple[str, ...] = ()) -> tuple[Measured, float]:
+def real_glyphs(net: GlyphNet, n: int, size: int, keep: typing.Collection[str] = ()) -> tuple[Measured, float]:
     """n held-out real glyphs, measured, and the floor of FD-glyphs: their distance to n others, which is what a perfect
     generator gets with as many images of each digit."""
     measured = []
@@ -1080,16 +1081,22 @@ def evaluate(generated, reference="", net: nn.Module | None = None, **options) -
     if net is None:
         net = glyph_net() if cfg.features == "glyphs" else load_inception(cfg.weights, cfg.resize)
         net = net.to(cfg.device) if cfg.features == "glyphs" else net.to(cfg.device).fast()
+    if not set(metrics) & set(net.metrics):
+        raise ValueError(f"--metrics {cfg.metrics}: on {net.label} there are {','.join(net.metrics)}")
     metrics = [name for name in metrics if name in net.metrics]
+
+    # Open both sides, and find out of which images the features themselves are needed.
     held_out = reference == "glyphs" and isinstance(net, GlyphNet)
-    pairwise = ("features",) * (bool(reference) and not {*NEIGHBOURS, "kid"}.isdisjoint(metrics))
-    ref = Source(reference, net, cfg, "reference", pairwise) if reference and not held_out else None
-    keep = ("logits",) * ("is" in metrics) + (pairwise if held_out or ref and ref.has_images else ())
+    by_rows = bool(reference) and any(name in metrics for name in (*NEIGHBOURS, "kid"))
+    ref = Source(reference, net, cfg, "reference", ["features"] * by_rows) if reference and not held_out else None
+    by_rows = by_rows and (held_out or ref.has_images)
+    keep = ["features"] * by_rows + ["logits"] * ("is" in metrics)
     several = isinstance(generated, list) and all(isinstance(source, str) for source in generated)
     sources = [Source(source, net, dataclasses.replace(cfg, seed=cfg.seed + k), "generated", keep)
                for source in (generated if several else [generated]) for k in range(cfg.repeat)]
     for source in sources:
-        check_protocol(source.name, source.meta, ref.meta if ref else dict(features=net.label, resize=net.resize))
+        check_protocol(source.name, source.meta, ref.meta if ref else {})
+
     measured, results = ref.measure() if ref else None, []
     for source in sources:
         gen = source.measure()
@@ -1111,7 +1118,9 @@ def scores_of(net: InceptionV3 | GlyphNet, gen: Measured, ref: Measured | None, 
         scores = compare(net, gen, ref, metrics)
         if "fd_glyphs" in scores and floor is not None:
             scores["fd_glyphs"]["floor"] = floor  # of real images rather than expected
-        warn_of_few(gen.n, net.widths["features"], next(iter(scores.values())).get("floor"))
+        floors = [score["floor"] for score in scores.values() if score.get("floor") is not None]
+        if floors:
+            warn_of_few(gen.n, net.widths["features"], floors[0])
     if gen.accuracy is not None:
         scores["accuracy"] = dict(value=gen.accuracy)
     return scores, ref
@@ -1326,6 +1335,8 @@ def main(argv: list[str] | None = None) -> None:
     options = dataclasses.asdict(cfg)
     found = evaluate(sources if len(sources) > 1 else sources[0], cfg.reference,
                      **{name: options[name] for name in options if name not in ("generated", "reference")})
+    if found["features"].startswith("inception torchvision"):
+        note("warning: torchvision's weights are not comparable with published FIDs, which go with --weights fid")
     if data.rank() == 0:
         print(json.dumps(found) if cfg.json else as_text(found))
     data.stop_processes()

@@ -3036,6 +3036,8 @@ def test_fid_refuses_to_mix_protocols(tmp_path):
         np.savez(tmp_path / "other.npz", **parts | {"meta": json.dumps(meta)})
         for pair in ((npz, str(tmp_path / "other.npz")), (str(tmp_path / "other.npz"), npz)):
             raises(lambda: toy(*pair), f"{key}={other}", f"{key}=", "--save_stats")
+        wrong = error_of(toy, npz, str(tmp_path / "other.npz"))
+        assert key == "size" or wrong.startswith(f"{tmp_path / 'other.npz'}: statistics were made with ")
     for source in (npz, stats):
         raises(lambda: toy(source, npz, num=100), f"found 120 images in {source}", "--num asks for 100")
         raises(lambda: toy(source, npz, num=50_000), "found 120 images", "--num asks for 50,000")
@@ -3051,6 +3053,8 @@ def test_fid_refuses_to_mix_protocols(tmp_path):
     raises(lambda: toy([data.to_float(REAL[0])], npz), "uint8", "data.to_uint8")
     raises(lambda: toy([REAL[0]], npz, size=16), "--size 16", "iterable")
     raises(lambda: toy(npz, npz, metrics="fid,fit"), "--metrics fit", "coverage")
+    raises(lambda: fid.evaluate(npz, "glyphs", features="glyphs", metrics="kid"), "--metrics kid", "glyphnet", "recall")
+    assert list(values(toy(npz, npz, metrics="kid,recall"))) == ["recall_toy", "kid_toy"]
     raises(lambda: toy(npz, npz, resize="bilinear"), "--resize bilinear", "tf1, pytorch, clean")
     raises(lambda: toy(npz, npz, batch=0), "--batch 0")
     raises(lambda: toy(npz, npz, save_stats="a.txt"), "a.txt", ".npz")
@@ -3123,10 +3127,10 @@ def test_fid_glyphs_score_as_score_glyphs_does(tmp_path):
 def test_fid_names_of_scores(tmp_path):
     """fid only for the 2015-12-05 weights and 50,000 images, and other weights say so; as text each score has its
     reference beside it, and rounding does not make a distance negative."""
-    net = fid.InceptionV3(golden_file("fid"))
+    net = fid.InceptionV3(flavour="fid")
     names = [fid.score_name("fid", net, n) for n in (50_000, 49_999, 10_000, None)]
     assert names == ["fid", "fid49999", "fid10k", "fid_of_unknown_n"] and fid.score_name("is", net, 10) == "is"
-    other = fid.InceptionV3(golden_file("torchvision"))
+    other = fid.InceptionV3(flavour="torchvision")
     assert fid.score_name("fid", other, 50_000) == "fid_torchvision"
     assert fid.title(fid.score_name("sfid", other, 5000)) == "sFID5k (torchvision weights)"
     shown = [fid.title(name) for name in ("is", "kid_glyphs", "fd_glyphs", "precision_torchvision")]
@@ -3141,12 +3145,15 @@ def test_fid_names_of_scores(tmp_path):
 
 def test_fid_inception_end_to_end(tmp_path, capsys):
     """From a weights file: statistics of the folded network, whose means are the plain one's; the protocol is told."""
-    weights, npz, stats = golden_file("fid"), write_npz(tmp_path / "a.npz", *data.glyphs(6)), tmp_path / "stats.npz"
+    weights, npz = golden_file("torchvision"), write_npz(tmp_path / "a.npz", *data.glyphs(6))
+    stats = tmp_path / "stats.npz"
     state = torch.random.get_rng_state()
     fid.main([npz, "--weights", str(weights), "--save_stats", str(stats), "--json", "--device", "cpu", "--batch", "4"])
     assert torch.equal(torch.random.get_rng_state(), state)
-    got, net = json.loads(capsys.readouterr().out), fid.InceptionV3(weights)
-    assert got["features"] == f"inception fid {fid.digest(weights.read_bytes())}" and got["size"] == [32, 32]
+    printed = capsys.readouterr()
+    got, net = json.loads(printed.out), fid.InceptionV3(weights)
+    assert "not comparable with published FIDs" in printed.err
+    assert got["features"] == f"inception torchvision {fid.digest(weights.read_bytes())}" and got["size"] == [32, 32]
     assert got["resize"] == net.resize and got["n"] == 6
     images = data.glyphs(6)[0]
     plain, fast = net.extract(images), net.fast()
