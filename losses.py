@@ -1,19 +1,27 @@
 """Training objectives, side by side.
 
-    name  the network gives          what the loss asks for           extra calls       derivatives       paper, arXiv
-    fm    velocity v(x_t, t)         v = e - x on average             none              none              2210.02747, 2401.08740
-    pafm  velocity v(x_t, t)         v averaged over images that      none              none              2605.00825
-                                     may have become x_t
-    carflow  v of images and noise   v = e - x, at x_t moved by       none              none              2509.19300
-          that a class has moved     shifts that are learned
-    cafm  velocity v(x_t, t)         D's derivatives along v and      G; D and its      D's: one (G),     2604.11521
-                                     e - x look alike                 input gradient    two (D)
-    afm   jump u: x_r = x_s          D's values at x_r and at data    G, 2.5 times D    none              2511.22475
-          - (s - r) u(x_s, s, r)     look alike, on the shortest way
-    cat   images h_1 .. h_K of a     D's values at every scale of h   G, 2.5 times D    none              2605.26449
-          latent, coarse to fine     and of data look alike, and
-                                     h_k is like h_K
-    classifier  log p(y | x_t)       the label of x; guides afm       none              none              2511.22475
+    name        the network gives        what the loss asks for          extra calls       derivatives      paper, arXiv
+    fm          velocity v(x_t, t)       v = e - x on average            none              none             2210.02747,
+                                                                                                            2401.08740
+    pafm        velocity v(x_t, t)       v averaged over images that     none              none             2605.00825
+                                         may have become x_t
+    carflow     v of images and noise    v = e - x, where learned        none              none             2509.19300
+                that classes moved       shifts have moved x_t
+    meanflow    jump u: x_r = x_t -      u = v - (t - r) du/dt           none              u's along v      2505.13447
+                (t - r) u(x_t, t, r)
+    imf         the same, and v          u + (t - r) du/dt = v           one, for v        u's along its v  2512.02012
+    soflow      jump u                   x_r is that from just ahead     one, for jumps    none             2512.15657
+    shortcut    jump u                   x_r is that of two half jumps   two, for jumps    none             2410.12557
+    ect         jump u to data, r = 0    x_0 is that from just ahead     one               none             2406.14548
+    scm         jump u to data, r = 0    u = v - t du/dt, normalised     none              u's along v      2410.11081
+    cafm        velocity v(x_t, t)       D's derivatives along v and     G; D and its      D's: one (G),    2604.11521
+                                         e - x look alike                input gradient    two (D)
+    afm         jump u: x_r = x_s -      D's values at x_r and at data   G, 2.5 times D    none             2511.22475
+                (s - r) u(x_s, s, r)     look alike, on the shortest way
+    cat         images h_1 .. h_K of a   D's values at every scale of h  G, 2.5 times D    none             2605.26449
+                latent, coarse to fine   and of data look alike, and
+                                         h_k is like h_K
+    classifier  log p(y | x_t)           the label of x; guides afm      none              none             2511.22475
 
 The tests of each are test_losses_NAME_* in test_all.py.
 
@@ -23,7 +31,8 @@ Every objective has the signature
 
     objective(net, x, y, draws, cfg) -> (loss, logs)
 
-    net    velocity network (x_t, t, y) -> v, with `predict`, `t_min`, `num_classes` and `null_class` as in model.DiT
+    net    velocity network (x_t, t, y) -> v, or with jumps (x_t, t, y, r) -> u; `predict`, `t_min`, `num_classes`,
+           `null_class`, `guided` and `head` as in model.DiT
     x, y   clean images (B, C, h, w) float in [-1, 1] (or latents), and labels (B,) int64
     draws  data.Draws of this micro-batch: all randomness comes from here
     cfg    train.Config
@@ -59,13 +68,13 @@ from data import option
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def sample_times(draws: data.Draws, cfg) -> Tensor:
+def sample_times(draws: data.Draws, cfg, purpose: str = "time") -> Tensor:
     """Training times (B,) float32: uniform on [0, 1), or logit-normal, sigmoid(time_mean + time_std n), n ~ N(0, 1).
 
     (SD3, arXiv:2403.03206, Eq. 19.) A larger time_mean looks more at noise. JiT's P_mean = -0.8 is +0.8 here, as its
     time runs from noise to data. With a curriculum only times from `least_time` on.
     """
-    u, least = draws.uniform("time"), least_time(draws, cfg)
+    u, least = draws.uniform(purpose), least_time(draws, cfg)
     if cfg.time == "uniform":
         return least + (1 - least) * u
     if least:  # by the upper tail, which may be tiny
@@ -87,8 +96,17 @@ def least_time(draws: data.Draws, cfg, stages: int = 20, reach: float = 6.0) -> 
 
 def interpolate(x: Tensor, e: Tensor, t: Tensor) -> Tensor:
     """x_t = (1 - t) x + t e, for t (B,)."""
-    t = t.view(-1, *[1] * (x.dim() - 1))
-    return (1 - t) * x + t * e
+    return (1 - beside(t, x)) * x + beside(t, x) * e
+
+
+def beside(t: Tensor, x: Tensor) -> Tensor:
+    """t (B,) as (B, 1, .., 1), to be multiplied with x (B, ...)."""
+    return t.view(-1, *[1] * (x.dim() - 1))
+
+
+def progress(draws, cfg) -> float:
+    """How much of the run is over at this step: 0 at the first, 1 at the last."""
+    return draws.positions[0] // cfg.batch / max(1, cfg.steps - 1)
 
 
 def velocity_target(net, x: Tensor, e: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
@@ -99,11 +117,74 @@ def velocity_target(net, x: Tensor, e: Tensor, x_t: Tensor, t: Tensor) -> Tensor
     return model.clean_velocity(x, x_t, t, net.t_min) if net.predict == "x" else e - x
 
 
-def drop_labels(net, y: Tensor, draws: data.Draws, cfg) -> Tensor:
+def drop_labels(net, y: Tensor, draws: data.Draws, cfg, purpose: str = "label drop") -> Tensor:
     """Each label becomes the null class with probability label_drop: what classifier-free guidance needs (2207.12598)."""
     if not net.null_class:
         return y
-    return torch.where(draws.uniform("label drop") < cfg.label_drop, net.num_classes, y)
+    return torch.where(draws.uniform(purpose) < cfg.label_drop, net.num_classes, y)
+
+
+def jump_or_flow(draws: data.Draws, cfg) -> Tensor:
+    """Whether a sample is one of those with r < t (B,), a share `jumps`; the others, r = t, learn the velocity as in fm.
+
+    MeanFlow's official code lets the first rows of a batch have r = t, and the very first ones the null label, so that no
+    jump is ever learned without a label. Here a draw of the sample takes the place of its row: r = t where `KIND` is
+    below 1 - jumps, and `drop_labels` looks at the same draw.
+    """
+    return draws.uniform(KIND) >= 1 - cfg.jumps
+
+
+KIND = "jump or flow"
+
+
+def two_times(draws: data.Draws, cfg) -> tuple[Tensor, Tensor]:
+    """The times (t, r) of a jump: the larger and the smaller of two draws; r = t where the sample is not a jump."""
+    one, other = sample_times(draws, cfg), sample_times(draws, cfg, "time of the jump's end")
+    t = torch.maximum(one, other)
+    return t, torch.where(jump_or_flow(draws, cfg), torch.minimum(one, other), t)
+
+
+def guided_velocity(net, v: Tensor, x_t: Tensor, t: Tensor, y: Tensor, cfg) -> Tensor:
+    """v_g = omega v + (1 - omega - kappa) u(x_t, t, t, null) + kappa u(x_t, t, t, y)   (arXiv:2505.13447, App. B.1),
+
+    for the velocity v of a sample; v itself where t > guide_until, and under the null label. A network trained on v_g
+    settles at u_null + w (E v - u_null), w = omega / (1 - kappa): guidance w at the price of none when sampling.
+    """
+    if cfg.omega == 1 and cfg.kappa == 0:
+        return v
+    with torch.no_grad():
+        null, own = (net(x_t, t, label, t) for label in (torch.full_like(y, net.num_classes), y))
+    guided = cfg.omega * v + (1 - cfg.omega - cfg.kappa) * null + cfg.kappa * own
+    return torch.where(beside((t <= cfg.guide_until) & (y != net.num_classes), v), guided, v)
+
+
+def on(rows: Tensor, call: typing.Callable, *parts: Tensor) -> Tensor:
+    """call(*parts) for the samples where rows (B,), and 0 for the others, which cost nothing."""
+    where = rows.nonzero()[:, 0]
+    if not len(where):
+        return torch.zeros_like(parts[0])
+    out = call(*(part[where] for part in parts))
+    return out.new_zeros(parts[0].shape).index_put((where,), out)
+
+
+def slope_of_jumps(net, x_t: Tensor, t: Tensor, r: Tensor, y: Tensor, v: Tensor, *told: Tensor) -> Tensor:
+    """du/dt of u(x_t, t, r) along (v, 1) with r fixed, a constant; 0 where r = t, as it is multiplied by t - r."""
+    return on(r < t, lambda *parts: model.time_derivative(net, *parts)[1], x_t, t, y, v.to(x_t.dtype), r, *told)
+
+
+def adaptive(error: Tensor, p: float, c: float) -> Tensor:
+    """l / sg(l + c)^p of each sample (B,), l the mean square of its error: the larger p, the more alike samples count.
+
+    (arXiv:2505.13447, Sec. 4.3.) With p > 0 the minimiser of a noisy l is no longer a mean, unless the noise averages out
+    over many pixels: use p = 0 for points.
+    """
+    square = error.square().flatten(1).mean(1)
+    return square / (square.detach() + c) ** p
+
+
+def mean_over(values: Tensor, rows: Tensor) -> Tensor:
+    """The mean of values (B,) where rows (B,), 0 where there are none: for logs."""
+    return (values * rows).sum() / rows.sum().clamp_min(1)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -161,6 +242,198 @@ def posterior_mean(x: Tensor, e: Tensor, t: Tensor, others: Tensor) -> tuple[Ten
     weights = (-(a / t) * (a / (2 * t) * gap + along)).softmax(1).view(*gap.shape, *[1] * (x.dim() - 1))
     mean = (weights * away).sum(1)                                                                # of x - x_j
     return x - mean, (weights * (away - mean[:, None]).square()).sum(1).mean()
+
+
+def meanflow(net, x: Tensor, y: Tensor, draws: data.Draws, cfg) -> tuple[Tensor, dict]:
+    """MeanFlow: E w |u(x_t, t, r) - sg(v_g - (t - r) du/dt)|^2   (arXiv:2505.13447, Eq. 6-11), w: see `adaptive`.
+
+    The average velocity u = 1 / (t - r) int_r^t v has this target, as d/dt of (t - r) u = int_r^t v shows; du/dt =
+    (v_g . grad_x) u + du/dt at fixed r. Its value tells little (with p = 1 next to nothing): look at the logged `flow`,
+    |u(x_t, t, t) - v_g|^2. paper: sums over pixels, c = 0.01; here: means, the same up to a constant factor.
+    """
+    t, r = two_times(draws, cfg)
+
+    e = draws.normal("noise", x.shape[1:])
+    x_t, y = interpolate(x, e, t), drop_labels(net, y, draws, cfg, KIND)
+
+    v = guided_velocity(net, velocity_target(net, x, e, x_t, t), x_t, t, y, cfg)
+    target = v - beside(t - r, x) * slope_of_jumps(net, x_t, t, r, y, v)
+
+    error = net(x_t, t, y, r) - target
+    return adaptive(error, cfg.p, 0.01 / x[0].numel()).mean(), two_errors(error, t, r)
+
+
+def imf(net, x: Tensor, y: Tensor, draws: data.Draws, cfg) -> tuple[Tensor, dict]:
+    """Improved MeanFlow: E w |u + (t - r) sg(du/dt) - v_g|^2 + E w |v_net - v_g|^2   (arXiv:2512.02012, official code)
+
+    MeanFlow as a regression on the velocity v_g, whose noise is now in the target alone: du/dt is taken along the
+    network's own velocity v_net, that of its second head. Without one (--head 0, the paper's boundary form) v_net =
+    u(x_t, t, t), and there is no second term. Guidance is an input of the network: see `velocity_for_scale`.
+
+    paper: a network that is told t - r and not t, and also the interval of t in which guidance acts; here: t too, which
+    flows of low dimension need, and guidance at all t. w, c: as for meanflow.
+    """
+    t, r = two_times(draws, cfg)
+
+    e = draws.normal("noise", x.shape[1:])
+    x_t, y = interpolate(x, e, t), drop_labels(net, y, draws, cfg, KIND)
+
+    told = (cfg.omega_max ** draws.uniform("guidance scale"),) if net.guided else ()
+    own = own_velocity(net, x_t, t, y, *told)
+    v = velocity_for_scale(net, velocity_target(net, x, e, x_t, t), own, x_t, t, y, *told)
+    du = slope_of_jumps(net, x_t, t, r, y, own, *told)
+
+    u, *v_net = net(x_t, t, y, r, *told, head=True) if net.head else [net(x_t, t, y, r, *told)]
+    errors = [u + beside(t - r, x) * du - v, *(head - v for head in v_net)]
+    loss = sum(adaptive(error, cfg.p, 0.01 / x[0].numel()).mean() for error in errors)
+    return loss, two_errors(errors[0], t, r)
+
+
+@torch.no_grad()
+def own_velocity(net, x_t: Tensor, t: Tensor, y: Tensor, *told: Tensor) -> Tensor:
+    """The velocity that the network itself gives, a constant: by its second head, or as the jump of no length."""
+    return net(x_t, t, y, t, *told, head=True)[1] if net.head else net(x_t, t, y, t, *told)
+
+
+def velocity_for_scale(net, v: Tensor, own: Tensor, x_t: Tensor, t: Tensor, y: Tensor, w: Tensor | None = None) -> Tensor:
+    """v_g = v + (1 - 1 / w) (v_net(y) - v_net(null)) for a network that is told w; v under the null label (2512.02012).
+
+    Its fixed point is v_net = v_null + w (E v - v_null). The scales of training have a density like 1 / w up to
+    omega_max. Unlike in `guided_velocity` the sample's v, with all its noise, is not multiplied by w.
+    """
+    if w is None:
+        return v
+    null = own_velocity(net, x_t, t, torch.full_like(y, net.num_classes), w)
+    return v + beside(1 - 1 / w, v) * (own - null)
+
+
+def soflow(net, x: Tensor, y: Tensor, draws: data.Draws, cfg) -> tuple[Tensor, dict]:
+    """SoFlow: E w |u(x_t, t, r) - sg(u + q)|^2,  q = (f(x_t, t, r) - f(x_l, l, r)) / (t - l)   (arXiv:2512.15657)
+
+    for the solution f(x, t, r) = x - (t - r) u(x, t, r), which must not depend on where on the way from x_t to x_l =
+    x_t - (t - l) v_g it starts. q is v_g - d/dt ((t - r) u) by a difference, so this is MeanFlow without a derivative,
+    and l = t - step (t - r) with a step that falls from 0.1 to 0.002 over the run. Where r = t the target is v_g.
+
+    paper: the value of a jump's loss means nothing; here: |q|^2 with the same gradient. paper: own times for jumps and
+    for velocities, and guidance that fades out above t = 0.8; here: times and guidance are meanflow's.
+    """
+    t, r = two_times(draws, cfg)
+    ahead = ((t - r) * 0.1 * 0.02 ** progress(draws, cfg)).clamp_min(1e-4)
+    l = t - ahead
+
+    e = draws.normal("noise", x.shape[1:])
+    x_t, y = interpolate(x, e, t), drop_labels(net, y, draws, cfg, KIND)
+
+    v = guided_velocity(net, velocity_target(net, x, e, x_t, t), x_t, t, y, cfg)
+    u = net(x_t, t, y, r)
+    with torch.no_grad():
+        u_l = on(r < t, net, x_t - beside(ahead, x) * v, l, y, r)
+        q = v - (beside(t - r, x) * u - beside(l - r, x) * u_l) / beside(ahead, x)
+    target = torch.where(beside(r < t, x), u.detach() + q, v)
+
+    error = u - target
+    half = torch.where(r < t, 0.5, 1.0)  # the paper's jumps have |f - f_l|^2 / 2
+    return (half * adaptive(error, cfg.p, 0.01)).mean(), two_errors(error, t, r)
+
+
+def shortcut(net, x: Tensor, y: Tensor, draws: data.Draws, cfg) -> tuple[Tensor, dict]:
+    """Shortcut models: a jump of 1 / n, n a power of 2, goes where two of half its length go (arXiv:2410.12557, Eq. 3-5):
+
+        E |u(x_t, t, r) - sg(u(x_t, t, m) + u(x_m, m, r)) / 2|^2,   m = (t + r) / 2,   x_m = x_t - (t - m) u(x_t, t, m),
+
+    and the shortest ones, of 1 / finest, have the target v: what is learned is Euler's method in `finest` steps. omega:
+    guidance of the two shortest jumps that make up the next longer one, from where it spreads to all.
+
+    paper: targets by averaged weights, clipped to +-4; here: by the weights themselves, as in every objective here.
+    """
+    jumps = jump_or_flow(draws, cfg)
+    level = (draws.uniform("length of the jump") * math.log2(cfg.finest)).floor()
+    n = torch.where(jumps, 2 ** level, cfg.finest)
+    t = ((sample_times(draws, cfg) * n).floor() + 1) / n
+    r = t - 1 / n
+
+    e = draws.normal("noise", x.shape[1:])
+    x_t, y = interpolate(x, e, t), drop_labels(net, y, draws, cfg, KIND)
+
+    with torch.no_grad():
+        halves = on(jumps, lambda *at: two_jumps(net, *at, cfg), x_t, t, y, r)
+    target = torch.where(beside(jumps, x), halves, velocity_target(net, x, e, x_t, t))
+
+    error = net(x_t, t, y, r) - target
+    return error.square().mean(), two_errors(error, n, torch.where(jumps, 0, n))
+
+
+def two_jumps(net, x_t: Tensor, t: Tensor, y: Tensor, r: Tensor, cfg) -> Tensor:
+    """The average velocity of two jumps, from t to the middle and on to r."""
+    def u(x, t, r):
+        own = net(x, t, y, r)
+        if cfg.omega == 1:
+            return own
+        null = net(x, t, torch.full_like(y, net.num_classes), r)
+        return null + beside(torch.where((t - r) * cfg.finest < 1.5, cfg.omega, 1.0), x) * (own - null)
+
+    m = (t + r) / 2
+    first = u(x_t, t, m)
+    return (first + u(x_t - beside(t - m, x_t) * first, m, r)) / 2
+
+
+def ect(net, x: Tensor, y: Tensor, draws: data.Draws, cfg) -> tuple[Tensor, dict]:
+    """Consistency training in steps that shrink: E (|f(x_t, t) - sg f(x_r, r)|^2 + c^2)^(1/2) / (s_t - s_r)
+
+    for f(x_t, t) = x_t - t u(x_t, t), x_t and x_r of one x and e (ECT, arXiv:2406.14548; iCT, arXiv:2310.14189), with
+    s_r = s_t (1 - (1 + 8 sigmoid(-s_t)) / 2^k)_+, k = 1 .. doublings over the run; at first r = 0, where f is x, at small s.
+
+    paper: EDM's noise levels s and inputs x + s e; here: s = t / (1 - t), and x_t is that input over 1 + s, so that its
+    log-normal s are our logit-normal t. |.|^2 is a mean over pixels, c = 0.00054 (iCT's, and sums: a constant factor).
+    """
+    t = sample_times(draws, cfg)
+    s = t / (1 - t)
+    k = 1 + min(cfg.doublings - 1, math.floor(cfg.doublings * progress(draws, cfg)))
+    s_r = s * (1 - (1 + 8 * torch.sigmoid(-s)) / 2 ** k).clamp_min(0)
+    r = s_r / (1 + s_r)
+
+    e = draws.normal("noise", x.shape[1:])
+    x_t, x_r, y = interpolate(x, e, t), interpolate(x, e, r), drop_labels(net, y, draws, cfg)
+
+    with torch.no_grad():
+        target = jump(net, x_r, r, torch.zeros_like(r), y)
+
+    error = jump(net, x_t, t, torch.zeros_like(t), y) - target
+    square, c = error.square().flatten(1).mean(1), 0.00054
+    return (((square + c * c).sqrt() - c) / (s - s_r)).mean(), {"gap": (t - r).mean(), "jump": square.mean()}
+
+
+def scm(net, x: Tensor, y: Tensor, draws: data.Draws, cfg) -> tuple[Tensor, dict]:
+    """Continuous-time consistency training: E |F - sg(F + g / (|g| + 0.1))|^2   (sCM, arXiv:2410.11081, Eq. 8)
+
+    for the change of f(x_t, t) = x_t - t u(x_t, t) along the way, df/dt = v - u - t du/dt: MeanFlow's jumps to r = 0. The
+    paper's circle, tan a = t / ((1 - t) sd) for data of deviation sd, is our line by another scale: with S^2 =
+    sd^2 (1 - t)^2 + t^2 its g = cos a df/da is (1 - t) S df/dt, and its network F is u S / sd plus what has no weights.
+
+    paper: the learned weight of each t; here: none, as g, once normalised (|.|: root of the mean over pixels), is alike at
+    all t. paper: a factor that grows from 0 to 1 before all that moves with a; here: before du/dt, over a fifth of the run.
+    """
+    t = sample_times(draws, cfg)
+
+    e = draws.normal("noise", x.shape[1:])
+    x_t, y = interpolate(x, e, t), drop_labels(net, y, draws, cfg)
+
+    v, u = velocity_target(net, x, e, x_t, t), net(x_t, t, y)
+    _, du = model.time_derivative(net, x_t, t, y, v.to(x_t.dtype))
+    slope = v - u.detach() - min(1, 5 * progress(draws, cfg)) * beside(t, x) * du
+    S = ((cfg.data_std * (1 - t)) ** 2 + t ** 2).sqrt()
+    g = beside((1 - t) * S, x) * slope
+    size = g.square().flatten(1).mean(1).sqrt()
+    target = u.detach() + g / beside((size + 0.1) * S / cfg.data_std, x)
+
+    error = (u - target) * beside(S / cfg.data_std, x)
+    return error.square().mean(), {"tangent": size.mean()}
+
+
+def two_errors(error: Tensor, t: Tensor, r: Tensor) -> dict:
+    """Logs: the mean square of the error where r = t, and of the jumps."""
+    square = error.detach().square().flatten(1).mean(1)
+    return {"flow": mean_over(square, r == t), "jump": mean_over(square, r < t)}
 
 
 def cafm_D(D, x: Tensor, y: Tensor, draws: data.Draws, cfg, G) -> tuple[Tensor, dict]:
@@ -371,7 +644,7 @@ def augment(x: Tensor, draws: data.Draws, p: float) -> Tensor:
 
 def jump(G, x_s: Tensor, s: Tensor, r: Tensor, y: Tensor) -> Tensor:
     """x_s - (s - r) u(x_s, s, y, r): from time s to r. A network that predicts x gives it directly where s = 1, r = 0."""
-    return x_s - (s - r).view(-1, *[1] * (x_s.dim() - 1)) * G(x_s, s, y, r)
+    return x_s - beside(s - r, x_s) * G(x_s, s, y, r)
 
 
 def jump_times(draws: data.Draws, cfg) -> tuple[Tensor, Tensor]:
@@ -466,8 +739,7 @@ class NormaliseGradient(torch.autograd.Function):
 
 def ot_weight(draws, cfg) -> float:
     """The weight of the transport cost at this step: from `ot` to `ot_end` by half a cosine over the run."""
-    progress = draws.positions[0] // cfg.batch / max(1, cfg.steps - 1)
-    return cfg.ot_end + (cfg.ot - cfg.ot_end) * 0.5 * (1 + math.cos(math.pi * progress))
+    return cfg.ot_end + (cfg.ot - cfg.ot_end) * 0.5 * (1 + math.cos(math.pi * progress(draws, cfg)))
 
 
 def _times(nfe: int) -> int:
@@ -503,14 +775,35 @@ class Objective(typing.NamedTuple):
     sampling: typing.Callable = lambda settings: {}  # how a run's samples are made, where that is not a matter of choice
 
 
+def flow_map(settings: dict) -> dict:
+    """A network that jumps from any t to any r is told both; a chain of its jumps is the Euler solver."""
+    return dict(solver="euler", guidance=1.0)
+
+
+def consistency_model(settings: dict) -> dict:
+    """A network that knows the way to the data only is sampled by going there, and part of the way back with new noise."""
+    return dict(solver="renoise", guidance=1.0)
+
+
 LOSSES = {
     "fm": Objective(fm),
     "pafm": Objective(pafm, bank=True),
     "carflow": Objective(fm, generator=lambda settings: dict(shifts=True)),
+    "meanflow": Objective(meanflow, generator=lambda settings: dict(times=2), sampling=flow_map,
+                          defaults=dict(jumps=0.25, sample_steps=1)),
+    "imf": Objective(imf, defaults=dict(jumps=0.5, head=1, omega_max=4.0, sample_steps=1),
+                     generator=lambda settings: dict(times=2, head=settings["head"], guided=settings["omega_max"] > 1),
+                     sampling=lambda settings: dict(solver="euler") if settings["omega_max"] > 1 else flow_map(settings)),
+    "soflow": Objective(soflow, generator=lambda settings: dict(times=2), sampling=flow_map,
+                        defaults=dict(jumps=0.25, sample_steps=1, amp="off")),
+    "shortcut": Objective(shortcut, generator=lambda settings: dict(times=2), sampling=flow_map,
+                          defaults=dict(jumps=0.125, time="uniform", sample_steps=1)),
+    "ect": Objective(ect, sampling=consistency_model, defaults=dict(label_drop=0.0, sample_steps=1, amp="off")),
+    "scm": Objective(scm, sampling=consistency_model, defaults=dict(label_drop=0.0, sample_steps=1)),
     "cafm": Objective(cafm_G, cafm_D, cafm_turn, alarm=0.2, discriminator=lambda settings: dict(norm="rms"),
                       defaults=dict(beta1=0.0, beta2=0.95, ema=0.99, decay="constant", lr=1e-4, d_warmup=1000)),
     "afm": Objective(afm_G, afm_D, alternate, alarm=0.05,
-                     generator=lambda settings: dict(times=_times(settings["nfe"]), repeats=settings["repeats"]),
+                     generator=lambda settings: dict(times=_times(settings["nfe"]), repeats=settings.get("repeats", 0)),
                      discriminator=lambda settings: dict(times=min(1, _times(settings["nfe"])), repeats=0, norm="layer"),
                      defaults=dict(beta1=0.0, beta2=0.9, label_drop=0.0, weight_decay=0.01, decay="constant", lr=5e-4,
                                    cp=0.01, ot=0.2, ot_end=0.01, clip=0.0),
@@ -595,27 +888,33 @@ FOUR_MODES = Mixture(torch.tensor([[-1.5], [-0.5], [0.4], [1.6]]), torch.tensor(
 class PointNet(nn.Module):
     """A small velocity network for points (B, D), with the attributes that objectives ask of a network.
 
-    Coordinates and time enter as sines and cosines of several frequencies, so that narrow modes can be told apart.
+    Coordinates and times enter as sines and cosines of several frequencies, so that narrow modes can be told apart.
+    times: 1 (t), or 2 (t and t - r), and head: as in model.DiT, but that the two ways part in the last layer only.
     """
-    t_min, null_class = 0.05, False
+    t_min, null_class, guided = 0.05, False, False
 
-    def __init__(self, dimension: int = 1, width: int = 128, outputs: int = 0, predict: str = "v", classes: int = 1,
-                 shifts: bool = False):
+    def __init__(self, dimension: int = 1, width: int = 128, outputs: int = 0, predict: str = "v", times: int = 1,
+                 head: int = 0, classes: int = 1, shifts: bool = False):
         super().__init__()
-        self.predict, self.num_classes = predict, classes
+        self.predict, self.times, self.head, self.num_classes = predict, times, head, classes
         self.shifts = model.Shifts(classes, (dimension,)) if shifts else None
         self.register_buffer("frequencies", torch.linspace(0.5, 8, 16))
-        self.layers = nn.Sequential(nn.Linear((dimension + 1) * 32 + (classes if classes > 1 else 0), width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(),
-                                    nn.Linear(width, width), nn.SiLU(), nn.Linear(width, outputs or dimension))
+        inputs, outputs = (dimension + times) * 32 + (classes if classes > 1 else 0), outputs or dimension
+        self.layers = nn.Sequential(nn.Linear(inputs, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(),
+                                    nn.Linear(width, width), nn.SiLU(), nn.Linear(width, outputs * (2 if head else 1)))
 
-    def forward(self, x_t: Tensor, t: Tensor, y: Tensor | None = None, r: Tensor | None = None) -> Tensor:
-        return self.shifts(self._velocity, x_t, t, y, r) if self.shifts else self._velocity(x_t, t, y, r)
+    def forward(self, x_t: Tensor, t: Tensor, y: Tensor | None = None, r: Tensor | None = None, head: bool = False):
+        if self.shifts:
+            return self.shifts(self._velocity, x_t, t, y, r)
+        return self._velocity(x_t, t, y, r, head)
 
-    def _velocity(self, x_t: Tensor, t: Tensor, y: Tensor | None = None, r: Tensor | None = None) -> Tensor:
-        angle = (torch.cat([x_t, t[:, None]], 1)[..., None] * self.frequencies).flatten(1)       # (B, (D + 1) 16)
+    def _velocity(self, x_t: Tensor, t: Tensor, y: Tensor | None = None, r: Tensor | None = None, head: bool = False):
+        told = [t, torch.zeros_like(t) if r is None else t - r][:self.times]
+        angle = (torch.cat([x_t, torch.stack(told, 1)], 1)[..., None] * self.frequencies).flatten(1)  # (B, (D + times) 16)
         label = [F.one_hot(y, self.num_classes).to(x_t)] if self.num_classes > 1 else []
-        out = self.layers(torch.cat([angle.sin(), angle.cos(), *label], 1))
-        return model.clean_velocity(out, x_t, t, self.t_min) if self.predict == "x" else out
+        outs = self.layers(torch.cat([angle.sin(), angle.cos(), *label], 1)).chunk(2 if self.head else 1, 1)
+        v = [model.clean_velocity(out, x_t, t, self.t_min) if self.predict == "x" else out for out in outs]
+        return v if head else v[0]
 
 
 class PointDiscriminator(PointNet):
@@ -664,6 +963,16 @@ class Config:
     d_warmup: int = 0
     route: str = "reverse"
     interval: float = 0.05
+    jumps: float = 0.5
+    p: float = 0.0
+    omega: float = 1.0
+    kappa: float = 0.0
+    guide_until: float = 1.0
+    omega_max: float = 1.0
+    head: int = 0
+    finest: int = 128
+    doublings: int = 8
+    data_std: float = 1.1
     seed: int = 0
 
 
@@ -671,6 +980,12 @@ ADVERSARIAL = Config(batch=256, betas=(0.0, 0.9), lr=1e-3, d_lr=1e-3, decay=Fals
 SETTINGS = {
     "fm": Config(),
     "pafm": Config(),
+    "meanflow": Config(steps=3000, ema=0.99),
+    "imf": Config(steps=3000, ema=0.99, head=1),
+    "soflow": Config(steps=3000, ema=0.99),
+    "shortcut": Config(steps=3000, ema=0.99),
+    "ect": Config(steps=3000, ema=0.99, time="logit_normal", time_std=1.5),
+    "scm": Config(steps=3000, ema=0.99),
     "cafm": dataclasses.replace(ADVERSARIAL, steps=2400, ema=0.95),
     "afm": dataclasses.replace(ADVERSARIAL, steps=1500, ema=0.99, cp=0.01, ot=0.2, ot_end=0.05),
 }
@@ -686,8 +1001,9 @@ def train_points(name: str, mixture: Mixture, cfg: Config | None = None) -> Poin
     cfg, objective = cfg or SETTINGS[name], LOSSES[name]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(cfg.seed)
-        nets = {"G": PointNet(mixture.means.shape[1], cfg.width, predict=cfg.predict, classes=cfg.classes,
-                              shifts=cfg.shifts)}
+        times = max(1, objective.generator(dataclasses.asdict(cfg)).get("times", 1))
+        nets = {"G": PointNet(mixture.means.shape[1], cfg.width, predict=cfg.predict, times=times, head=cfg.head,
+                              classes=cfg.classes, shifts=cfg.shifts)}
         if objective.D:
             nets["D"] = PointDiscriminator(mixture.means.shape[1])
     rates = {"G": cfg.lr, "D": cfg.d_lr}
@@ -733,62 +1049,97 @@ class BatchDraws:
 
 
 @torch.no_grad()
-def trajectory(velocity: typing.Callable, e: Tensor, steps: int) -> Tensor:
-    """Euler steps from noise e (B, D) at t = 1 to data at t = 0: all states (steps + 1, B, D)."""
+def trajectory(velocity: typing.Callable, e: Tensor, steps: int, solver: str = "euler") -> Tensor:
+    """Euler steps from noise e (B, D) at t = 1 to data at t = 0, jumps of a flow map: all states (steps + 1, B, D).
+
+    solver "renoise", for consistency models: each step goes to the data, and back to its end with new noise.
+    """
     states = [e]
     for k in range(steps):
-        t = torch.full((len(e),), 1 - k / steps, dtype=e.dtype)
-        states.append(states[-1] - velocity(states[-1], t) / steps)
+        t, r = (torch.full((len(e),), 1 - i / steps, dtype=e.dtype) for i in (k, k + 1))
+        end = torch.zeros_like(r) if solver == "renoise" else r
+        x = states[-1] - beside(t - end, e) * velocity(states[-1], t, None, end)
+        n = torch.randn(e.shape, generator=data.generator("renoise points", k)).to(e)
+        states.append(interpolate(x, n, r) if solver == "renoise" else x)
     return torch.stack(states)
 
 
 @torch.no_grad()
-def point_errors(net, mixture: Mixture, steps: int = 50, n: int = 4000) -> dict:
-    """Errors against the closed form of 1-D data: n samples by `steps` Euler steps (or jumps, for a one-step network).
+def point_errors(net, mixture: Mixture, steps: int = 50, solver: str = "euler", n: int = 4000) -> dict:
+    """Errors against the closed form of 1-D data: n samples by `steps` steps of a solver of `trajectory`.
 
-    velocity: rms over (x_t, t), of velocity networks. map: rms to the exact flow map of the same noises. W1: to the exact
-    quantiles. weight: largest error of a mode's share, by the nearest mean. in mode: share within 3 deviations of it.
+    velocity: rms over (x_t, t). map: rms to the exact flow map of the same noises. W1: to the exact quantiles. weight:
+    largest error of a mode's share, by the nearest mean. in mode: share within 3 deviations of it.
     """
     x, _ = mixture.sample(n, data.generator("evaluate points"))
     u = (torch.arange(n) + 0.5) / n
     e = torch.special.ndtri(u)[:, None]
     t = u[torch.randperm(n, generator=data.generator("evaluate times"))]
     x_t = interpolate(x, e[torch.randperm(n, generator=data.generator("evaluate noise"))], t)
-    made = trajectory(net, e, steps)[-1]
+    made = trajectory(net, e, steps, solver)[-1]
     exact = mixture.flow(e.double(), torch.ones(n, dtype=torch.float64), torch.zeros(n, dtype=torch.float64))
-    velocity = (net(x_t, t) - mixture.velocity(x_t, t)).square().mean().sqrt().item()
+    velocity = (net(x_t, t, None, t) - mixture.velocity(x_t, t)).square().mean().sqrt().item()
     away = (made - mixture.means.T).abs()                                                          # (n, K)
     share = away.argmin(1).bincount(minlength=len(mixture.weights)) / n
-    return {"velocity": velocity if steps > 1 else math.nan, "map": (made - exact).square().mean().sqrt().item(),
+    return {"velocity": velocity, "map": (made - exact).square().mean().sqrt().item(),
             "W1": (made.sort(0).values - exact).abs().mean().item(),
             "weight": (share - mixture.weights).abs().max().item(),
             "in mode": (away / mixture.stds).amin(1).le(3).float().mean().item()}
 
 
-def draw_trajectories(nets: dict, calls: dict, mixture: Mixture, path: str, lines: int = 60) -> None:
+def exact_velocity(x_t: Tensor, t: Tensor, y=None, r=None) -> Tensor:
+    """That of FOUR_MODES, called as a network is."""
+    return FOUR_MODES.velocity(x_t, t)
+
+
+COUNTS = 1, 2, 4, 50  # numbers of network evaluations that are compared
+
+
+def print_table(runs: dict) -> None:
+    """A line for each run: name -> (network, Config, how its method samples)."""
+    print(f"{'':>28} {'':>6} {'':>6} {'':>9}  {'rms to the exact map in n steps':^32}  {'W1 in n steps':^32}\n"
+          f"{'objective':>28} {'steps':>6} {'batch':>6} {'velocity':>9}  " + 2 * ("".join(f"{n:>8}" for n in COUNTS) + "  ")
+          + f"{'weight':>8}{'in mode':>8}  of n")
+    for name, (net, cfg, sampling) in runs.items():
+        counts = (sampling["steps"],) if "steps" in sampling else COUNTS
+        solver = sampling.get("solver", "euler")
+        found = {n: point_errors(net, FOUR_MODES, n, solver) for n in counts}
+        own, flow = counts[0] if sampling else 50, solver == "euler" and "steps" not in sampling
+        cells = {(key, n): errors[key] for n, errors in found.items() for key in ("map", "W1")
+                 if key == "W1" or n == 1 or solver == "euler"}  # new noise on the way: no longer the map of the first one
+        velocity = found[own]["velocity"] if flow else math.nan
+        row = [velocity, *(cells.get((key, n), math.nan) for key in ("map", "W1") for n in COUNTS),
+               found[own]["weight"], found[own]["in mode"]]
+        text = [f"{value:.3f}" if value == value else "-" for value in row]
+        print(f"{name:>28} {cfg.steps:>6} {cfg.batch:>6} {text[0]:>9}  " + "".join(f"{v:>8}" for v in text[1:5]) + "  "
+              + "".join(f"{v:>8}" for v in text[5:9]) + "  " + "".join(f"{v:>8}" for v in text[9:]) + f"  {own}")
+
+
+def draw_trajectories(nets: dict, calls: dict, mixture: Mixture, path: str, lines: int = 60, columns: int = 5) -> None:
     """One panel for the exact flow and one for each network: trajectories (white) over the density of x_t (blue).
 
     A network that jumps is drawn by straight lines, in as many steps as `calls` has for it.
     """
     w, h, reach, top = 420, 300, 3.0, 22
+    columns, rows = min(columns, 1 + len(nets)), -(-(1 + len(nets)) // columns)
     t = torch.linspace(1, 0, w)
     x = torch.linspace(reach, -reach, h)
     density = torch.stack([_density(mixture, x, s) for s in t], 1)
     shade = (density / density.amax(0)).sqrt()[..., None]
     panel = ((1 - shade) * torch.tensor([14, 17, 40]) + shade * torch.tensor([64, 132, 214])).to(torch.uint8).numpy()
-    sheet = Image.new("RGB", ((w + 8) * (1 + len(nets)) + 8, h + top + 26), "white")
+    sheet = Image.new("RGB", ((w + 8) * columns + 8, (h + top + 26) * rows), "white")
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=13)
     e = torch.special.ndtri((torch.arange(lines) + 0.5) / lines)[:, None]
-    for k, (name, velocity) in enumerate({"exact flow": mixture.velocity, **nets}.items()):
-        left = 8 + k * (w + 8)
-        sheet.paste(Image.fromarray(panel), (left, top))
-        pen.text((left, 4), name, fill="black", font=font)
-        pen.text((left, top + h + 4), "t = 1 noise", fill="black", font=font)
-        pen.text((left + w - 62, top + h + 4), "t = 0 data", fill="black", font=font)
-        steps = 100 if calls.get(name, 50) == 50 else calls[name]
+    for k, (name, velocity) in enumerate({"exact flow": exact_velocity, **nets}.items()):
+        left, up = 8 + k % columns * (w + 8), top + k // columns * (h + top + 26)
+        steps = calls.get(name, 100)
+        sheet.paste(Image.fromarray(panel), (left, up))
+        pen.text((left, up - 18), f"{name}, {steps} step{'s' * (steps > 1)}", fill="black", font=font)
+        pen.text((left, up + h + 4), "t = 1 noise", fill="black", font=font)
+        pen.text((left + w - 62, up + h + 4), "t = 0 data", fill="black", font=font)
         states = trajectory(velocity, e, steps)[..., 0]
         for line in states.T:
-            points = [(left + s * w / steps, top + (reach - float(v)) / (2 * reach) * h) for s, v in enumerate(line)]
+            points = [(left + s * w / steps, up + (reach - float(v)) / (2 * reach) * h) for s, v in enumerate(line)]
             pen.line(points, fill="white", width=1)
     sheet.save(path)
 
@@ -814,20 +1165,15 @@ def main(argv: list[str] | None = None) -> None:
     if unknown := [name for name in names if name not in SETTINGS]:
         raise ValueError(f"--losses {unknown[0]}: choose from {', '.join(SETTINGS)} (cat needs images: scales)")
     runs = {name: SETTINGS[name] for name in names} | (CONTROLS if options.controls else {})
-    nets, calls, rows = {}, {}, {"exact v": ("", "", 50, point_errors(FOUR_MODES.velocity, FOUR_MODES))}
+    trained = {"exact v": (exact_velocity, Config(steps=0, batch=0), {})}
     for name, cfg in runs.items():
         method = name.split(",")[0].split(" ")[0]
         cfg = dataclasses.replace(cfg, seed=options.seed, steps=options.steps or cfg.steps)
-        nets[name] = train_points(method, FOUR_MODES, cfg)
-        calls[name] = LOSSES[method].sampling(dataclasses.asdict(cfg)).get("steps", 50)
-        rows[name] = cfg.steps, cfg.batch, calls[name], point_errors(nets[name], FOUR_MODES, calls[name])
-    print(f"\n1-D mixture of four modes against its closed form, seed {options.seed} (the columns: see point_errors)\n"
-          f"{'objective':>28} {'steps':>6} {'batch':>6} {'sampled in':>11}"
-          + "".join(f"{column:>10}" for column in rows["exact v"][-1]))
-    for name, (steps, batch, sampled, errors) in rows.items():
-        print(f"{name:>28} {steps:>6} {batch:>6} {sampled:>11}"
-              + "".join(f"{value:>10.3f}" if value == value else f"{'-':>10}" for value in errors.values()))
-    draw_trajectories({name: nets[name] for name in names}, calls, FOUR_MODES, options.out)
+        trained[name] = train_points(method, FOUR_MODES, cfg), cfg, LOSSES[method].sampling(dataclasses.asdict(cfg))
+    print(f"\n1-D mixture of four modes against its closed form, seed {options.seed} (the columns: see point_errors)")
+    print_table(trained)
+    calls = {name: sampling.get("steps", 1 if sampling else 100) for name, (*_, sampling) in trained.items()}
+    draw_trajectories({name: trained[name][0] for name in names}, calls, FOUR_MODES, options.out)
     print(f"wrote {options.out}")
 
 

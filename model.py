@@ -606,14 +606,17 @@ class DiT(nn.Module):
     variance, untrained in SiT) is dropped. null_class: whether the label table has the extra row of guidance. t_min:
     see `clean_velocity`. times: how many times the network is told, 0 (a jump from noise to data), 1 (t), or 2 (t and
     the length t - r of a jump to r). time_scale: times are multiplied by it (1000: AFM's official files). repeats: the
-    stack of blocks is run that often, see `passes`. shifts: see `Shifts`.
+    stack of blocks is run that often, see `passes`. shifts: see `Shifts`. guided: whether the network is told a guidance
+    scale. head: so many of the last blocks, and the last layer, are there twice; the second way ends in the velocity at t
+    and is run in training only (both: iMF, arXiv:2512.02012).
     A fresh network returns exactly 0 from its last layer, and each of its blocks is the identity (adaLN-zero).
     """
 
     def __init__(self, input_size: int = 32, patch: int = 2, channels: int = 4, width: int = 1152, depth: int = 28,
                  heads: int = 16, mlp_ratio: float = 4.0, num_classes: int = 1000, null_class: bool = True,
                  learn_sigma: bool = False, predict: str = "v", t_min: float = 0.05, norm: str = "layer",
-                 times: int = 1, time_scale: float = 1.0, repeats: int = 0, shifts: bool = False):
+                 times: int = 1, time_scale: float = 1.0, repeats: int = 0, shifts: bool = False, guided: bool = False,
+                 head: int = 0):
         self.config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         super().__init__()
         if input_size % patch:
@@ -628,21 +631,29 @@ class DiT(nn.Module):
         if times not in (0, 1, 2) or repeats < 0 or times and repeats:
             raise ValueError(f"times {times}, repeats {repeats}: expected times 0, 1 or 2, and repeats with times 0 only, "
                              f"as a repeated stack tells its passes apart by the time embedding")
+        if not 0 <= head <= depth or head and repeats:
+            raise ValueError(f"a velocity head of {head} blocks: expected 0 to {depth} (the blocks), and none with repeats")
         self.patch, self.channels, self.out_channels = patch, channels, channels * (1 + learn_sigma)
         self.num_classes, self.null_class, self.predict, self.t_min = num_classes, null_class, predict, t_min
         self.shape = (channels, input_size, input_size)
         self.amp = None  # torch.bfloat16: run the network, and nothing else, under autocast
         self.times, self.time_scale, self.repeats = times, time_scale, repeats
+        self.guided, self.head = guided, head
         self.x_embedder = PatchEmbed(channels, patch, width)
         if times or repeats:
             self.t_embedder = TimestepEmbedder(width)
         if times == 2:
             self.jump_embedder = TimestepEmbedder(width)
+        if guided:
+            self.guide_embedder = TimestepEmbedder(width)
         self.y_embedder = LabelEmbedder(num_classes, width, null_class)
         self.shifts = Shifts(num_classes + null_class, self.shape) if shifts else None
         self.pos_embed = nn.Parameter(position_table(width, input_size // patch), requires_grad=False)
         self.blocks = nn.ModuleList(Block(width, heads, mlp_ratio, norm) for _ in range(depth))
         self.final_layer = FinalLayer(width, patch, self.out_channels, norm)
+        if head:
+            self.head_blocks = nn.ModuleList(Block(width, heads, mlp_ratio, norm) for _ in range(head))
+            self.head_layer = FinalLayer(width, patch, self.out_channels, norm)
         self.initialise()
 
     def initialise(self) -> None:
@@ -657,11 +668,14 @@ class DiT(nn.Module):
         for embedder in (m for m in self.modules() if isinstance(m, TimestepEmbedder)):
             nn.init.normal_(embedder.mlp[0].weight, std=0.02)
             nn.init.normal_(embedder.mlp[2].weight, std=0.02)
-        if self.times == 2:  # so that a flow's weights with a fresh jump_embedder are that flow, whatever r
-            nn.init.zeros_(self.jump_embedder.mlp[2].weight)
-        for layer in [*(b.adaLN_modulation[1] for b in self.blocks), self.final_layer.adaLN_modulation[1],
-                      self.final_layer.linear]:
-            nn.init.zeros_(layer.weight)
+        for name in ("jump_embedder", "guide_embedder"):  # so that a flow's weights with fresh ones of these are that flow
+            if hasattr(self, name):
+                nn.init.zeros_(getattr(self, name).mlp[2].weight)
+        for layer in self.modules():
+            if isinstance(layer, (Block, FinalLayer)):
+                nn.init.zeros_(layer.adaLN_modulation[1].weight)
+            if isinstance(layer, FinalLayer):
+                nn.init.zeros_(layer.linear.weight)
 
     def unpatchify(self, tokens: Tensor) -> Tensor:
         """(B, N, P P C), a token being rows, columns, channels -> (B, C, h, w)."""
@@ -670,13 +684,18 @@ class DiT(nn.Module):
         image = tokens.view(B, side, side, P, P, self.out_channels).permute(0, 5, 1, 3, 2, 4)
         return image.reshape(B, self.out_channels, side * P, side * P)
 
-    def condition(self, t: Tensor, y: Tensor, r: Tensor | None = None) -> Tensor:
-        """(B, W): the embeddings of the class and of as many times as the network is told. Without r, r = t."""
+    def condition(self, t: Tensor, y: Tensor, r: Tensor | None = None, w: Tensor | None = None) -> Tensor:
+        """(B, W): the embeddings of the class and of as many times as the network is told. Without r, r = t.
+
+        Of a guidance scale w the network is told 1 - 1 / w (iMF). Without w, w = 1.
+        """
         c = self.y_embedder(y)
         if self.times:
             c = c + self.t_embedder(self.time_scale * t)
         if self.times == 2:
             c = c + self.jump_embedder(self.time_scale * (torch.zeros_like(t) if r is None else t - r))
+        if self.guided:
+            c = c + self.guide_embedder(torch.zeros_like(t) if w is None else 1 - 1 / w)
         return c
 
     def passes(self, c: Tensor) -> list[Tensor]:
@@ -688,15 +707,29 @@ class DiT(nn.Module):
         R = self.repeats
         return [c + self.t_embedder(c.new_full((len(c),), self.time_scale * (1 - k / R))) for k in range(R)] or [c]
 
-    def raw(self, x: Tensor, t: Tensor, y: Tensor, r: Tensor | None = None) -> Tensor:
-        """The official forward pass: (B, C, h, w), t (B,) in the network's own time, y (B,) -> (B, C or 2C, h, w)."""
+    def raw(self, x: Tensor, t: Tensor, y: Tensor, r: Tensor | None = None, w: Tensor | None = None,
+            head: bool = False) -> Tensor:
+        """The official forward pass: (B, C, h, w), t (B,) in the network's own time, y (B,) -> (B, C or 2C, h, w).
+
+        With `head` the images of the velocity head follow: (2 B, C or 2C, h, w).
+        """
         with torch.autocast(x.device.type, self.amp) if self.amp else contextlib.nullcontext():
-            c = self.condition(t, y, r)                                                           # (B, W)
+            c = self.condition(t, y, r, w)                                                        # (B, W)
             x = self.x_embedder(x) + self.pos_embed                                               # (B, N, W)
+            blocks = list(self.blocks)
+            trunk, rest = blocks[:len(blocks) - self.head], blocks[len(blocks) - self.head:]
             for own in self.passes(c):
-                for block in self.blocks:
+                for block in trunk:
                     x = block(x, own)
-            return self.unpatchify(self.final_layer(x, c))
+                second = x
+                for block in rest:
+                    x = block(x, own)
+            out = self.final_layer(x, c)
+            if head:
+                for block in self.head_blocks:
+                    second = block(second, c)
+                out = torch.cat([out, self.head_layer(second, c)])
+            return self.unpatchify(out)
 
     def read(self, token: Tensor, x: Tensor, c: Tensor) -> Tensor:
         """A token (W,) put in front of the tokens x (B, N, W), as it leaves the last block: (B, W)."""
@@ -705,22 +738,28 @@ class DiT(nn.Module):
             x = block(x, c)
         return x[:, 0]
 
-    def forward(self, x_t: Tensor, t: Tensor, y: Tensor, r: Tensor | None = None) -> Tensor:
+    def forward(self, x_t: Tensor, t: Tensor, y: Tensor, r: Tensor | None = None, w: Tensor | None = None,
+                head: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         """Velocity at x_t (B, C, h, w), times t (B,) in [0, 1], labels y (B,) int64: the shape of x_t, float32 or wider.
 
         r (B,), the time of a jump's end, is looked at with times = 2 only; the velocity is then the jump's average.
+        w (B,): the guidance scale that a guided network is told. With `head`: the pair of it and the head's velocity.
         """
         if self.predict == "eps":
             return self._velocity_from_vp_noise(x_t, t, y)
         if self.shifts:
             return self.shifts(self._velocity, x_t, t, y, r)
-        return self._velocity(x_t, t, y, r)
+        return self._velocity(x_t, t, y, r, w, head)
 
-    def _velocity(self, x_t: Tensor, t: Tensor, y: Tensor, r: Tensor | None = None) -> Tensor:
-        """What the last layer gives, as a velocity."""
-        out = self.raw(x_t, t, y, r)[:, :self.channels]
+    def _velocity(self, x_t: Tensor, t: Tensor, y: Tensor, r: Tensor | None = None, w: Tensor | None = None,
+                  head: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        """What the last layer gives, and with `head` the head's, as velocities."""
+        out = self.raw(x_t, t, y, r, w, head)[:, :self.channels]
         out = out.to(torch.promote_types(out.dtype, torch.float32))
-        return clean_velocity(out, x_t, t, self.t_min) if self.predict == "x" else out
+        if head:
+            x_t, t = torch.cat([x_t, x_t]), torch.cat([t, t])
+        v = clean_velocity(out, x_t, t, self.t_min) if self.predict == "x" else out
+        return v.chunk(2) if head else v
 
     def _velocity_from_vp_noise(self, x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """DiT's noise prediction as a velocity: VP sees x_t / |(1-t, t)| at the step n of equal noise-to-signal ratio.
@@ -856,7 +895,7 @@ class StagedDiT(DiT):
         images = torch.stack(images)
         return images.to(torch.promote_types(images.dtype, torch.float32)).cumsum(0)
 
-    def raw(self, x: Tensor, t: Tensor, y: Tensor, r: Tensor | None = None) -> Tensor:
+    def raw(self, x: Tensor, t: Tensor, y: Tensor, *_) -> Tensor:
         """The last stage, whatever the times."""
         return self.stages(x, y)[-1]
 
@@ -968,18 +1007,20 @@ def directional_derivatives(D, x_t: Tensor, t: Tensor, y: Tensor, directions: Te
 
 
 @torch.no_grad()
-def time_derivative(net, x_t: Tensor, t: Tensor, y: Tensor, v: Tensor, r: Tensor | None = None,
+def time_derivative(net, x_t: Tensor, t: Tensor, y: Tensor, v: Tensor, *fixed: Tensor,
                     body: str = "plain") -> tuple[Tensor, Tensor]:
-    """u = net(x_t, t, y, r) and du/dt = (v . grad_x) u + partial u / partial t along the flow dx_t/dt = v, at fixed r.
+    """u = net(x_t, t, y, ..) and du/dt = (v . grad_x) u + partial u / partial t along the flow dx_t/dt = v, with all that
+
+    follows, such as the time r of a jump's end and a guidance scale, fixed.
 
     Both have the shape of x_t, and no graph: they are for the target of a loss (MeanFlow, arXiv:2505.13447, Eq. 8), whose
     gradient comes from an ordinary net(x_t, t, y, r) beside it. That call may be compiled, wrapped by DDP and use fused
     attention, which this forward-mode pass can not; compile's wrapper is taken off here.
     """
     net = bare(net)
-    refuse(net, x_t, t, y, r)
+    refuse(net, x_t, t, y, *fixed)
     with attention_body(body):
-        return torch.func.jvp(lambda x_t, t: net(x_t, t, y, r), (x_t, t), (v, torch.ones_like(t)))
+        return torch.func.jvp(lambda x_t, t: net(x_t, t, y, *fixed), (x_t, t), (v, torch.ones_like(t)))
 
 
 def bare(net):
@@ -1203,7 +1244,8 @@ def tell_times(given: DiT, net: DiT) -> dict:
     """The weights of `given`, which is told t, for a net that is told no time, or (t, t - r).
 
     Without a time the function is the one at t = 1: the embedding of that moves into the label table. With two it is the
-    same whatever r: jump_embedder starts with net's own weights, whose output is zero.
+    same whatever r: jump_embedder starts with net's own weights, whose output is zero, and so does guide_embedder. A
+    velocity head starts as a copy of the last blocks.
     """
     weights = given.state_dict()
     if given.times and not net.times and not net.repeats:
@@ -1211,7 +1253,15 @@ def tell_times(given: DiT, net: DiT) -> dict:
         with torch.no_grad():
             at_noise = given.t_embedder(torch.full((1,), given.time_scale))
         weights["y_embedder.embedding_table.weight"] = weights["y_embedder.embedding_table.weight"] + at_noise
-    return {k: v for k, v in net.state_dict().items() if k.startswith("jump_embedder.")} | weights
+    added = {k: v for k, v in net.state_dict().items() if k.startswith(("jump_embedder.", "guide_embedder."))}
+    fork = len(given.blocks) - net.head
+    for key, value in weights.items():
+        part, _, rest = key.partition(".")
+        if net.head and part == "blocks" and int(rest.split(".")[0]) >= fork:
+            added[f"head_blocks.{int(rest.split('.')[0]) - fork}.{rest.partition('.')[2]}"] = value
+        if net.head and part == "final_layer":
+            added[f"head_layer.{rest}"] = value
+    return added | weights
 
 
 def reverse_time(weights: dict) -> dict:

@@ -44,12 +44,16 @@ def guided(net, guidance: float = 1.0, interval: tuple[float, float] = (0.0, 1.0
 
     Without `reference`, v_ref is the same network under the null label: classifier-free guidance (arXiv:2207.12598, in
     the form where s = 1 is no guidance) in an interval (arXiv:2404.07724). With `reference`, a smaller or less trained
-    network, v_ref is its velocity under the same label: autoguidance (arXiv:2406.02507). channels: how many are guided,
-    the first ones; 0 is all. (DiT's and SiT's own code guides 3 of their 4, and so do their published figures.)
+    network, v_ref is its velocity under the same label: autoguidance (arXiv:2406.02507). A network that is told the
+    scale (iMF) gives the guided velocity in one call. channels: how many are guided, the first ones; 0 is all. (DiT's and
+    SiT's own code guides 3 of their 4, and so do their published figures.)
     """
     low, high = interval
     if not 0 <= low <= high <= 1:
         raise ValueError(f"guidance interval {interval}: expected 0 <= low <= high <= 1, where 1 is noise")
+    told = getattr(net, "guided", False)
+    if told and (guidance < 1 or reference is not None):
+        raise ValueError(f"guidance {guidance:g}: this network is told a guidance scale of at least 1, and takes no reference")
     if guidance != 1 and reference is None and not net.null_class:
         raise ValueError(f"guidance {guidance} needs the null label, and this network was made without one: "
                          f"use guidance 1, or a reference network")
@@ -58,6 +62,8 @@ def guided(net, guidance: float = 1.0, interval: tuple[float, float] = (0.0, 1.0
         start, end = (x.new_full((len(x),), time) for time in (t, t if r is None else r))
         if guidance == 1 or not low <= t <= high:
             return net(x, start, y, end)
+        if told:
+            return net(x, start, y, end, torch.full_like(start, guidance))
         if reference is not None:
             v, v_ref = net(x, start, y, end), reference(x, start, y, end)
         else:  # both in one call: faster than two
@@ -132,7 +138,20 @@ def sde(velocity: typing.Callable, x: Tensor, y: Tensor, times: list[float], dra
     return x
 
 
-SOLVERS = {"euler": euler, "heun": heun, "ab2": ab2, "sde": sde}
+def renoise(velocity: typing.Callable, x: Tensor, y: Tensor, times: list[float], draws: data.Draws) -> Tensor:
+    """Each step jumps to the data, and back to its end with new noise n: x <- (1 - r) x_0 + r n, x_0 = x - t u(x, t, 0).
+
+    (Consistency models, arXiv:2303.01469, Algorithm 1.) For networks that know the way to the data from every t.
+    """
+    for k, (t, r) in enumerate(zip(times, times[1:])):
+        x = x - t * velocity(x, t, y, 0.0)
+        if r > 0:
+            x = (1 - r) * x + r * draws.normal(f"renoise {k}", x.shape[1:]).to(x)
+    return x
+
+
+FLOW_SOLVERS = {"euler": euler, "heun": heun, "ab2": ab2, "sde": sde}
+SOLVERS = FLOW_SOLVERS | {"renoise": renoise}
 
 
 @torch.no_grad()
@@ -141,7 +160,7 @@ def sample(net, e: Tensor, y: Tensor, steps: int, solver: str = "euler", guidanc
            channels: int = 0, draws: data.Draws | None = None) -> Tensor:
     """Samples (B, C, h, w) from noise e of that shape, float32 or wider, and labels y (B,).
 
-    net: velocity network. See `guided`, `time_grid` and SOLVERS for the options; `draws` is needed by `sde` only.
+    net: velocity network. See `guided`, `time_grid` and SOLVERS for the options; `draws` is needed by `sde` and `renoise`.
     """
     if solver not in SOLVERS:
         raise ValueError(f"solver {solver!r}: choose one of {', '.join(SOLVERS)}")
@@ -170,7 +189,7 @@ class Stitched(nn.Module):
                              f"{large.num_classes}, share {share}: expected the same data, and a share in [0, 1]")
         self.large, self.small, self.share = large, small, share
         self.shape, self.num_classes = large.shape, large.num_classes
-        self.null_class = large.null_class and small.null_class
+        self.null_class, self.guided = large.null_class and small.null_class, False
 
     def forward(self, x_t: Tensor, t: Tensor, y: Tensor, r: Tensor | None = None) -> Tensor:
         net = self.small if t[0] > 1 - self.share else self.large  # a solver's times are the same for all samples
@@ -297,8 +316,9 @@ def image_shape(net, codec: data.VAE | None = None) -> tuple[int, int, int]:
 
 
 def describe(steps: int, solver: str, guidance: float, interval: tuple[float, float] = (0.0, 1.0),
-             reference: str = "", shift: float = 1.0, rho: float = 1.0, channels: int = 0, more: str = "") -> str:
-    """How samples were made, in words, to stand beside every number computed from them."""
+             reference: str = "", shift: float = 1.0, rho: float = 1.0, channels: int = 0, told: bool = False,
+             more: str = "") -> str:
+    """How samples were made, in words, to stand beside every number computed from them. told: by a guided network."""
     calls = 2 * steps - 1 if solver == "heun" else steps
     text = f"{solver}, {steps} steps, {calls} network evaluations{more}"
     if shift != 1 or rho != 1:
@@ -308,14 +328,19 @@ def describe(steps: int, solver: str, guidance: float, interval: tuple[float, fl
     kind = f"autoguidance by {reference}" if reference else "guidance"
     where = "" if interval == (0.0, 1.0) else f" on t in [{interval[0]:g}, {interval[1]:g}]"
     of = f" of the first {channels} channels" if channels else ""
-    return f"{text} (doubled where guided), {kind} {guidance:g}{of}{where}"
+    doubled = ", told to the network:" if told else " (doubled where guided),"
+    return f"{text}{doubled} {kind} {guidance:g}{of}{where}"
 
 
-def own_settings(path: Path) -> dict:
-    """How samples of this checkpoint must be made, {} where that is free: a generator of jumps has one way only."""
+def own_settings(path: Path) -> tuple[dict, dict]:
+    """How samples of this checkpoint must be made, and how they usually are: a method of jumps has its own solver, and its
+
+    run's number of steps. Both are {} where that is free.
+    """
     settings = model.read_checkpoint(path).get("config", {})
     method = losses.LOSSES.get(settings.get("loss")) if isinstance(settings, dict) else None
-    return method.sampling(settings) if method else {}
+    own = method.sampling(settings) if method else {}
+    return own, dict(steps=settings["sample_steps"]) | own if own else {}
 
 
 def find_checkpoint(path: str) -> Path:
@@ -330,8 +355,8 @@ def find_checkpoint(path: str) -> Path:
 class Config:
     checkpoint: str = option("", "a run folder, or a checkpoint: ours, or an official DiT or SiT file")
     n: int = option(64, "number of samples")
-    steps: int = option(50, "solver steps")
-    solver: str = option("ab2", "how the flow is integrated", tuple(SOLVERS))
+    steps: int = option(50, "solver steps; a run of jumps has its own default")
+    solver: str = option("ab2", "how the flow is integrated", tuple(FLOW_SOLVERS))
     guidance: float = option(1.5, "guidance scale; 1 is none")
     guidance_low: float = option(0.0, "guide only where t is at least this (0 is data)")
     guidance_high: float = option(1.0, "guide only where t is at most this (1 is noise)")
@@ -363,12 +388,14 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError(f"--n {cfg.n} --batch {cfg.batch}: expected at least 1")
     if cfg.out.endswith(".png") and cfg.n > 10_000:
         raise ValueError(f"--out {cfg.out}: a grid of {cfg.n:,} samples is too large to look at; use .npz or a folder")
-    own = own_settings(find_checkpoint(cfg.checkpoint))
-    cfg = data.parse(Config, argv, __doc__, ("checkpoint",), **own)
+    own, usual = own_settings(find_checkpoint(cfg.checkpoint))
+    cfg = data.parse(Config, argv, __doc__, ("checkpoint",), **usual)
     for name, value in own.items():
         if getattr(cfg, name) != value:
             raise ValueError(f"--{name} {getattr(cfg, name)}: {cfg.checkpoint} was trained to jump to the data in its own way; "
                              f"leave --{name} out (it is {value})")
+    if cfg.reference and cfg.guidance == 1:
+        raise ValueError(f"--reference {cfg.reference}: guidance 1 is none; give --guidance above 1, where this run has a choice")
     device = data.start_processes(cfg.device)
     net = model.load(find_checkpoint(cfg.checkpoint), ema=cfg.ema).to(device).eval()
     if isinstance(net, model.Classifier):
@@ -393,7 +420,8 @@ def main(argv: list[str] | None = None) -> None:
     made = generate(net, labels, cfg.seed, cfg.batch, "sampling", codec, cfg.best_of, verifier, reference=reference, **options)
     write_samples(made, labels, image_shape(net, codec), Path(cfg.out))
     if data.rank() == 0:
-        print(f"wrote {cfg.out}: {cfg.n:,} samples, {describe(reference=cfg.reference, more=more, **options)}, "
+        how = describe(reference=cfg.reference, told=net.guided, more=more, **options)
+        print(f"wrote {cfg.out}: {cfg.n:,} samples, {how}, "
               f"{'EMA' if cfg.ema else 'last'} weights, seed {cfg.seed}")
     data.stop_processes()
 

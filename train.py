@@ -91,6 +91,16 @@ class Config:
     gp: float = option(0.25, "afm, cat: weight of the gradient penalties R1 and R2")
     ot: float = option(0.0, "cafm, afm: weight of the transport cost at the first step")
     ot_end: float = option(0.0, "cafm, afm: the same at the last step, half a cosine later")
+    jumps: float = option(0.25, "meanflow, imf, soflow, shortcut: share of the samples that learn a jump; others: the velocity")
+    p: float = option(1.0, "meanflow, imf, soflow: a sample's loss l is divided by a constant (l + c)^p; 0: ordinary squares")
+    omega: float = option(1.0, "meanflow, soflow: weight of the sample's velocity in the guided one; shortcut: guidance")
+    kappa: float = option(0.0, "meanflow, soflow: weight of the network's own velocity in it: guidance omega / (1 - kappa)")
+    guide_until: float = option(1.0, "meanflow, soflow: guide only where t is at most this (1 is noise)")
+    omega_max: float = option(1.0, "imf: the network is told a guidance scale from 1 to this; 1: none")
+    head: int = option(0, "imf: blocks that the velocity head has for itself; 0: no head, the boundary form")
+    finest: int = option(128, "shortcut: the shortest jumps are 1 / finest long, a power of 2")
+    doublings: int = option(8, "ect: stages of the run, in each of which steps are half as long as before")
+    data_std: float = option(0.5, "scm: standard deviation of the data's pixels")
     stages: int = option(3, "cat: stages of the generator, and scales of the discriminator")
     cons: float = option(0.1, "cat: weight of the distance of the stages to the last one")
     cons_detach: bool = option(False, "cat: the last stage is a constant in it")
@@ -115,7 +125,7 @@ class Config:
     reference: str = option("", "what --monitor compares images with, as in fid.py; empty: the data, measured once")
     fid_weights: str = option("torchvision", "InceptionV3's weights for --monitor on images, as in fid.py --weights")
     sample_steps: int = option(25, "solver steps of grids and scores")
-    solver: str = option("ab2", "solver of grids and scores", tuple(sample.SOLVERS))
+    solver: str = option("ab2", "solver of grids and scores", tuple(sample.FLOW_SOLVERS))
     guidance: float = option(1.5, "guidance scale of grids and of the guided score")
     compare: str = option("", "train these objectives, such as fm,pafm,meanflow, alike, into folders of --out, and score each "
                           "in 1, 2, 4 and 50 network evaluations: a table and a picture; goes on where it was stopped")
@@ -219,6 +229,19 @@ def check(cfg: Config) -> None:
                          f"--accumulation 1 and a smaller --batch or more processes")
     if cfg.loss == "cafm" and (cfg.d_steps < 1 or not 0 < cfg.interval <= 1):
         raise ValueError(f"--d_steps {cfg.d_steps} --interval {cfg.interval}: expected at least 1, and in (0, 1]")
+    if "jumps" in losses.LOSSES[cfg.loss].defaults and not 0 <= cfg.label_drop <= 1 - cfg.jumps <= 1:
+        raise ValueError(f"--jumps {cfg.jumps} --label_drop {cfg.label_drop}: labels are dropped among the samples that learn "
+                         f"no jump, so --label_drop is at most 1 - jumps")
+    if not cfg.kappa < 1 or (cfg.omega, cfg.kappa) != (1, 0) and not cfg.label_drop:
+        raise ValueError(f"--omega {cfg.omega} --kappa {cfg.kappa} --label_drop {cfg.label_drop}: guidance is omega / (1 - kappa) "
+                         f"with kappa below 1, and needs a share of dropped labels")
+    if cfg.loss == "imf" and (cfg.omega_max < 1 or cfg.omega_max > 1 and not cfg.label_drop):
+        raise ValueError(f"--omega_max {cfg.omega_max} --label_drop {cfg.label_drop}: the largest guidance scale is at least 1, "
+                         f"and one above 1 needs a share of dropped labels")
+    if cfg.loss == "shortcut" and (cfg.finest < 2 or cfg.finest & cfg.finest - 1):
+        raise ValueError(f"--finest {cfg.finest}: expected a power of 2")
+    if cfg.loss in ("ect", "scm") and (cfg.doublings < 1 or not cfg.data_std > 0):
+        raise ValueError(f"--doublings {cfg.doublings} --data_std {cfg.data_std}: expected at least 1, and above 0")
     if cfg.loss == "cat" and cfg.stages < 2:
         raise ValueError(f"--stages {cfg.stages}: expected at least 2")
     if cfg.data in ("glyphs:1", "glyphs:2", "glyphs:3"):
@@ -303,7 +326,7 @@ def resume(path: Path, cfg: Config, nets: dict, opts: dict, ema: nn.Module) -> t
     for name, old in content["config"].items():
         new = getattr(cfg, name, None)
         if new != old and name not in ("resume", "out"):
-            if name in ("loss", "model", "predict", "data", "size", "nfe", "repeats", "stages"):
+            if name in ("loss", "model", "predict", "data", "size", "nfe", "repeats", "stages", "head"):
                 raise ValueError(f"{path}: was trained with --{name} {old}, not {new}: resume with --{name} {old}, or "
                                  f"start a new run from its weights with --init {path} --out FOLDER")
             fid.note(f"resuming with --{name} {new} (was {old})")
@@ -437,7 +460,7 @@ def score(ema: nn.Module, cfg: Config) -> dict:
         images = torch.cat([images for _, images in made]) if made else torch.empty(0, *ema.shape, dtype=torch.uint8)
         indices = [i for indices, _ in made for i in indices]
         results[name] = fid.score_glyphs(images, labels[indices])
-        results[name]["protocol"] = (f"{sample.describe(**options)}, EMA weights, labels in turn, seed {cfg.seed + 1}, "
+        results[name]["protocol"] = (f"{sample.describe(told=ema.guided, **options)}, EMA weights, labels in turn, seed {cfg.seed + 1}, "
                                      f"network in {'bfloat16' if ema.amp else 'float32'}")
     return results
 
