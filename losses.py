@@ -768,7 +768,7 @@ class Objective(typing.NamedTuple):
     defaults: dict = {}
     generator: typing.Callable = lambda settings: {}  # options of model.create, from a run's settings
     kind: type = model.Discriminator
-    discriminator: typing.Callable = lambda settings: {}  # its options
+    discriminator: typing.Callable = lambda settings, config: {}  # its options, beyond those of G's config
     bank: bool = False        # whether G's loss looks at a data.Bank of other images
     draws_images: bool = True  # whether a run has pictures to show
     alarm: float = 0.0        # a mean loss of D below this: D has won
@@ -800,11 +800,12 @@ LOSSES = {
                           defaults=dict(jumps=0.125, time="uniform", sample_steps=1)),
     "ect": Objective(ect, sampling=consistency_model, defaults=dict(label_drop=0.0, sample_steps=1, amp="off")),
     "scm": Objective(scm, sampling=consistency_model, defaults=dict(label_drop=0.0, sample_steps=1)),
-    "cafm": Objective(cafm_G, cafm_D, cafm_turn, alarm=0.2, discriminator=lambda settings: dict(norm="rms"),
+    "cafm": Objective(cafm_G, cafm_D, cafm_turn, alarm=0.2, discriminator=lambda settings, config: dict(norm=config["norm"].replace("layer", "rms")),
                       defaults=dict(beta1=0.0, beta2=0.95, ema=0.99, decay="constant", lr=1e-4, d_warmup=1000)),
     "afm": Objective(afm_G, afm_D, alternate, alarm=0.05,
                      generator=lambda settings: dict(times=_times(settings["nfe"]), repeats=settings.get("repeats", 0)),
-                     discriminator=lambda settings: dict(times=min(1, _times(settings["nfe"])), repeats=0, norm="layer"),
+                     discriminator=lambda settings, config: dict(times=min(1, _times(settings["nfe"])), repeats=0,
+                                                                 norm="layer" if config["norm"] == "rms" else config["norm"]),
                      defaults=dict(beta1=0.0, beta2=0.9, label_drop=0.0, weight_decay=0.01, decay="constant", lr=5e-4,
                                    cp=0.01, ot=0.2, ot_end=0.01, clip=0.0),
                      sampling=lambda settings: dict(solver="euler", guidance=1.0,

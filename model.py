@@ -489,6 +489,18 @@ class PatchEmbed(nn.Module):
         return self.proj(x).flatten(2).transpose(1, 2)
 
 
+class BottleneckEmbed(nn.Module):
+    """The same through a narrow layer without bias: pixels of a large patch have few degrees of freedom (JiT's names)."""
+
+    def __init__(self, channels: int, patch: int, width: int, bottleneck: int):
+        super().__init__()
+        self.proj1 = nn.Conv2d(channels, bottleneck, patch, stride=patch, bias=False)
+        self.proj2 = nn.Conv2d(bottleneck, width, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj2(self.proj1(x)).flatten(2).transpose(1, 2)
+
+
 class TimestepEmbedder(nn.Module):
     """Times (B,) -> (B, W). SiT feeds t in [0, 1] unscaled: smooth in t, which derivatives in time need."""
 
@@ -534,15 +546,22 @@ class Shifts(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) over the last axis, without weights, from primitives: every derivative of these is right."""
+    """x / rms(x) over the last axis, times weights if there is a width; of primitives, whose derivatives are all right."""
+
+    def __init__(self, width: int = 0):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width)) if width else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
+        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
+        return x if self.weight is None else x * self.weight
 
 
 def normalisation(norm: str, width: int) -> nn.Module:
-    """LayerNorm or RMSNorm without weights. Losses on forward-mode derivatives need RMSNorm: see `refuse`."""
-    return RMSNorm() if norm == "rms" else nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+    """layer and rms: without weights; rms_weight: with. Losses on forward-mode derivatives need RMSNorm: see `refuse`."""
+    if norm == "layer":
+        return nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+    return RMSNorm(width if norm == "rms_weight" else 0)
 
 
 class Mlp(nn.Module):
@@ -555,35 +574,72 @@ class Mlp(nn.Module):
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
 
 
-class Attention(nn.Module):
-    """Multi-head self-attention with timm's parameter names (qkv, proj)."""
+class SwiGLU(nn.Module):
+    """w3 (silu(a) b) with (a, b) = w12 x, of about the size of an Mlp with this hidden width (arXiv:2002.05202)."""
 
-    def __init__(self, width: int, heads: int):
+    def __init__(self, width: int, hidden: int):
+        super().__init__()
+        self.w12 = nn.Linear(width, 2 * int(hidden * 2 / 3))
+        self.w3 = nn.Linear(int(hidden * 2 / 3), width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = self.w12(x).chunk(2, -1)
+        return self.w3(F.silu(a) * b)
+
+
+def rope_table(features: int, side: int) -> Tensor:
+    """Rotary positions (2, side^2, d): cosines and sines of a head's d features, half for the row, half for the column.
+
+    Pair k of n = d / 4 in a half turns by 10^4^(-k / n) a position (arXiv:2104.09864, in JiT's layout).
+    """
+    turns = 1e4 ** (-torch.arange(0, features // 2, 2) / (features // 2))
+    angle = (torch.arange(side)[:, None] * turns).repeat_interleave(2, 1)                         # (side, d / 2)
+    both = torch.cat([angle[:, None].expand(-1, side, -1), angle[None].expand(side, -1, -1)], 2).flatten(0, 1)
+    return torch.stack([both.cos(), both.sin()])
+
+
+def rotate(x: Tensor, rope: Tensor) -> Tensor:
+    """The pairs of features of x (B, H, N, d) turned by the angles of `rope` (2, M, d); the first N - M tokens stay."""
+    cos, sin = rope.to(x.dtype)
+    extra = x.shape[2] - len(cos)
+    image = x[:, :, extra:]
+    turned = torch.stack([-image[..., 1::2], image[..., ::2]], -1).flatten(-2)
+    return torch.cat([x[:, :, :extra], image * cos + turned * sin], 2)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with timm's parameter names (qkv, proj), queries and keys normalised where asked for."""
+
+    def __init__(self, width: int, heads: int, qk_norm: bool = False):
         super().__init__()
         self.heads = heads
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
+        self.q_norm, self.k_norm = (RMSNorm(width // heads) if qk_norm else nn.Identity() for _ in range(2))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, rope: Tensor | None = None) -> Tensor:
         B, N, W = x.shape
         q, k, v = self.qkv(x).view(B, N, 3, self.heads, W // self.heads).permute(2, 0, 3, 1, 4)  # (B, H, N, d) each
+        q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
+        if rope is not None:
+            q, k = rotate(q, rope), rotate(k, rope)
         return self.proj(attention(q, k, v).transpose(1, 2).reshape(B, N, W))                    # (B, N, W)
 
 
 class Block(nn.Module):
     """Transformer block with adaLN-zero: x + gate f(norm(x) (1 + scale) + shift), for attention and then the MLP."""
 
-    def __init__(self, width: int, heads: int, mlp_ratio: float, norm: str):
+    def __init__(self, width: int, heads: int, mlp_ratio: float, norm: str, qk_norm: bool = False, swiglu: bool = False):
         super().__init__()
         self.norm1 = normalisation(norm, width)
-        self.attn = Attention(width, heads)
+        self.attn = Attention(width, heads, qk_norm)
         self.norm2 = normalisation(norm, width)
-        self.mlp = Mlp(width, int(width * mlp_ratio))
+        self.mlp = (SwiGLU if swiglu else Mlp)(width, int(width * mlp_ratio))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+    def forward(self, x: Tensor, c: Tensor, rope: Tensor | None = None) -> Tensor:
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(c).chunk(6, -1)   # (B, W) each
-        x = torch.addcmul(x, gate_a[:, None], self.attn(modulate(self.norm1(x), shift_a, scale_a)))
+        x = torch.addcmul(x, gate_a[:, None], self.attn(modulate(self.norm1(x), shift_a, scale_a), rope))
         return torch.addcmul(x, gate_m[:, None], self.mlp(modulate(self.norm2(x), shift_m, scale_m)))
 
 
@@ -600,9 +656,10 @@ class FinalLayer(nn.Module):
 
 
 class DiT(nn.Module):
-    """The diffusion transformer of DiT (arXiv:2212.09748) and SiT (arXiv:2401.08740).
+    """The diffusion transformer of DiT (arXiv:2212.09748), SiT (arXiv:2401.08740) and JiT (arXiv:2511.13720).
 
-    norm: layer or rms. learn_sigma: the last layer has 2 C channels as in the official files; the second half (DiT's
+    norm: layer, rms or rms_weight. bottleneck (see `BottleneckEmbed`; 0: none), rope, qk_norm, swiglu: JiT's parts. context:
+    so many tokens of the class join the others at block context_start (JiT). learn_sigma: the last layer has 2 C channels as in the official files; the second half (DiT's
     variance, untrained in SiT) is dropped. null_class: whether the label table has the extra row of guidance. t_min:
     see `clean_velocity`. times: how many times the network is told, 0 (a jump from noise to data), 1 (t), or 2 (t and
     the length t - r of a jump to r). time_scale: times are multiplied by it (1000: AFM's official files). repeats: the
@@ -616,7 +673,8 @@ class DiT(nn.Module):
                  heads: int = 16, mlp_ratio: float = 4.0, num_classes: int = 1000, null_class: bool = True,
                  learn_sigma: bool = False, predict: str = "v", t_min: float = 0.05, norm: str = "layer",
                  times: int = 1, time_scale: float = 1.0, repeats: int = 0, shifts: bool = False, guided: bool = False,
-                 head: int = 0):
+                 head: int = 0, bottleneck: int = 0, rope: bool = False, qk_norm: bool = False, swiglu: bool = False,
+                 context: int = 0, context_start: int = 0):
         self.config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         super().__init__()
         if input_size % patch:
@@ -626,8 +684,14 @@ class DiT(nn.Module):
             raise ValueError(f"width {width} must be a multiple of 4 and of the {heads} heads")
         if predict not in ("v", "x", "eps"):
             raise ValueError(f"predict {predict!r}: expected v, x or eps")
-        if norm not in ("layer", "rms"):
-            raise ValueError(f"norm {norm!r}: expected layer or rms")
+        if norm not in ("layer", "rms", "rms_weight"):
+            raise ValueError(f"norm {norm!r}: expected layer, rms or rms_weight")
+        if rope and width // heads % 4:
+            raise ValueError(f"rope: turns pairs of features for rows and for columns, so that a head's {width // heads} must be a "
+                             f"multiple of 4")
+        if not 0 <= context_start < depth or context and (repeats or context_start >= depth - head):
+            raise ValueError(f"{context} tokens of the class at block {context_start}: expected one of {depth} blocks that run "
+                             f"once, before those of a velocity head")
         if times not in (0, 1, 2) or repeats < 0 or times and repeats:
             raise ValueError(f"times {times}, repeats {repeats}: expected times 0, 1 or 2, and repeats with times 0 only, "
                              f"as a repeated stack tells its passes apart by the time embedding")
@@ -639,7 +703,7 @@ class DiT(nn.Module):
         self.amp = None  # torch.bfloat16: run the network, and nothing else, under autocast
         self.times, self.time_scale, self.repeats = times, time_scale, repeats
         self.guided, self.head = guided, head
-        self.x_embedder = PatchEmbed(channels, patch, width)
+        self.x_embedder = BottleneckEmbed(channels, patch, width, bottleneck) if bottleneck else PatchEmbed(channels, patch, width)
         if times or repeats:
             self.t_embedder = TimestepEmbedder(width)
         if times == 2:
@@ -649,10 +713,14 @@ class DiT(nn.Module):
         self.y_embedder = LabelEmbedder(num_classes, width, null_class)
         self.shifts = Shifts(num_classes + null_class, self.shape) if shifts else None
         self.pos_embed = nn.Parameter(position_table(width, input_size // patch), requires_grad=False)
-        self.blocks = nn.ModuleList(Block(width, heads, mlp_ratio, norm) for _ in range(depth))
+        self.context, self.context_start = context, context_start
+        if context:
+            self.in_context_posemb = nn.Parameter(0.02 * torch.randn(1, context, width))
+        self.register_buffer("rope", rope_table(width // heads, input_size // patch) if rope else None, persistent=False)
+        self.blocks = nn.ModuleList(Block(width, heads, mlp_ratio, norm, qk_norm, swiglu) for _ in range(depth))
         self.final_layer = FinalLayer(width, patch, self.out_channels, norm)
         if head:
-            self.head_blocks = nn.ModuleList(Block(width, heads, mlp_ratio, norm) for _ in range(head))
+            self.head_blocks = nn.ModuleList(Block(width, heads, mlp_ratio, norm, qk_norm, swiglu) for _ in range(head))
             self.head_layer = FinalLayer(width, patch, self.out_channels, norm)
         self.initialise()
 
@@ -662,8 +730,10 @@ class DiT(nn.Module):
             if isinstance(layer, nn.Linear):
                 nn.init.xavier_uniform_(layer.weight)
                 nn.init.zeros_(layer.bias)
-        nn.init.xavier_uniform_(self.x_embedder.proj.weight.view(self.x_embedder.proj.out_channels, -1))
-        nn.init.zeros_(self.x_embedder.proj.bias)
+        for layer in self.x_embedder.children():
+            nn.init.xavier_uniform_(layer.weight.view(layer.out_channels, -1))
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
         nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
         for embedder in (m for m in self.modules() if isinstance(m, TimestepEmbedder)):
             nn.init.normal_(embedder.mlp[0].weight, std=0.02)
@@ -719,24 +789,26 @@ class DiT(nn.Module):
             blocks = list(self.blocks)
             trunk, rest = blocks[:len(blocks) - self.head], blocks[len(blocks) - self.head:]
             for own in self.passes(c):
-                for block in trunk:
-                    x = block(x, own)
-                second = x
-                for block in rest:
-                    x = block(x, own)
-            out = self.final_layer(x, c)
+                x = second = self.through(trunk, x, own, y)
+                x = self.through(rest, x, own, y)
+            out = self.final_layer(x[:, self.context:], c)
             if head:
-                for block in self.head_blocks:
-                    second = block(second, c)
-                out = torch.cat([out, self.head_layer(second, c)])
+                second = self.through(self.head_blocks, second, c, y)
+                out = torch.cat([out, self.head_layer(second[:, self.context:], c)])
             return self.unpatchify(out)
 
-    def read(self, token: Tensor, x: Tensor, c: Tensor) -> Tensor:
+    def through(self, blocks, x: Tensor, c: Tensor, y: Tensor) -> Tensor:
+        """Tokens x (B, N, W) through the blocks; at block `context_start` tokens of the class join in front of them."""
+        for block in blocks:
+            if self.context and block is self.blocks[self.context_start]:
+                x = torch.cat([(self.y_embedder(y)[:, None] + self.in_context_posemb).to(x.dtype), x], 1)
+            x = block(x, c, self.rope)
+        return x
+
+    def read(self, token: Tensor, x: Tensor, c: Tensor, y: Tensor | None = None) -> Tensor:
         """A token (W,) put in front of the tokens x (B, N, W), as it leaves the last block: (B, W)."""
         x = torch.cat([token.expand(len(x), 1, -1).to(x.dtype), x], 1)                           # (B, 1 + N, W)
-        for block in self.blocks:
-            x = block(x, c)
-        return x[:, 0]
+        return self.through(self.blocks, x, c, y)[:, 0]
 
     def forward(self, x_t: Tensor, t: Tensor, y: Tensor, r: Tensor | None = None, w: Tensor | None = None,
                 head: bool = False) -> Tensor | tuple[Tensor, Tensor]:
@@ -794,22 +866,27 @@ class Discriminator(DiT):
     """A number D(x_t, t, y) for each sample: the transformer with one more token in front, read out of that token.
 
     As in CAFM (arXiv:2604.11521, official code): RMSNorm, no position for the token, no modulation in the head. The head
-    is never zero: with adaLN-zero's zeros before it, D would stay without a gradient for ever. `norm` and the other
-    arguments are DiT's; `predict`, `t_min` and `learn_sigma` mean nothing here.
+    is never zero: with adaLN-zero's zeros before it, D would stay without a gradient for ever. A network with tokens of the
+    class (JiT) is read out of the first of these instead. `norm` and the other arguments are DiT's; `predict`, `t_min` and
+    `learn_sigma` mean nothing here.
     """
 
     def __init__(self, norm: str = "rms", **config):
         super().__init__(norm=norm, **config)
         width = self.config["width"]
-        self.dis_embed = nn.Parameter(0.02 * torch.randn(width))
-        self.final_layer = nn.Sequential(normalisation(norm, width), nn.Linear(width, 1, bias=False))
+        if not self.context:
+            self.dis_embed = nn.Parameter(0.02 * torch.randn(width))
+        last = normalisation("layer" if norm == "layer" else "rms", width)
+        self.final_layer = nn.Sequential(last, nn.Linear(width, 1, bias=self.context > 0))
         self.register_buffer("gradient_square", torch.zeros(()))  # of losses.NormaliseGradient: part of a run's state
 
     def forward(self, x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """x_t (B, C, h, w), t (B,) in [0, 1], y (B,) int64 -> (B,), float32 or wider."""
         with torch.autocast(x_t.device.type, self.amp) if self.amp else contextlib.nullcontext():
             x = self.x_embedder(x_t) + self.pos_embed                                             # (B, N, W)
-            out = self.final_layer(self.read(self.dis_embed, x, self.condition(t, y)))[:, 0]      # (B,)
+            c = self.condition(t, y)                                                              # (B, W)
+            token = self.through(self.blocks, x, c, y)[:, 0] if self.context else self.read(self.dis_embed, x, c)
+            out = self.final_layer(token)[:, 0]                                                   # (B,)
         return out.to(torch.promote_types(out.dtype, torch.float32))
 
 
@@ -820,7 +897,7 @@ class Classifier(DiT):
     """
 
     def __init__(self, classifier: bool = True, **config):
-        super().__init__(**config)
+        super().__init__(**config | dict(context=0, context_start=0))
         self.config |= dict(classifier=classifier)  # by which `from_config` knows it
         width, norm = self.config["width"], self.config["norm"]
         del self.y_embedder
@@ -866,7 +943,7 @@ class StagedDiT(DiT):
     """
 
     def __init__(self, stages: int = 3, latent: int = 64, **config):
-        super().__init__(**config | dict(predict="x", learn_sigma=False, times=0))
+        super().__init__(**config | dict(predict="x", learn_sigma=False, times=0, rope=False, context=0, context_start=0))
         self.config |= dict(stages=stages, latent=latent)
         width, depth, numbers = self.config["width"], self.config["depth"], math.prod(self.shape)
         if not 2 <= stages <= depth or not 1 <= latent <= numbers:
@@ -911,7 +988,7 @@ class ScaleDiscriminator(DiT):
     """
 
     def __init__(self, stages: int = 3, latent: int = 0, **config):
-        super().__init__(**config | dict(times=0))
+        super().__init__(**config | dict(times=0, rope=False, context=0, context_start=0))
         self.config |= dict(stages=stages, latent=latent)
         width, size = self.config["width"], self.shape[1]
         if size % (self.patch << stages - 1):
@@ -1077,6 +1154,11 @@ ZOO = {"glyph-S": dict(input_size=32, patch=8, channels=3, width=128, depth=4, h
                        t_min=0.01)}
 ZOO |= {f"SiT-{size}/{patch}": dict(patch=patch, width=width, depth=depth, heads=heads)
         for size, (width, depth, heads) in SIZES.items() for patch in (2, 4, 8)}
+JIT = dict(channels=3, predict="x", norm="rms_weight", rope=True, qk_norm=True, swiglu=True, context=32)
+JIT_SIZES = {"S": (384, 12, 6, 128), "B": (768, 12, 12, 128), "L": (1024, 24, 16, 128), "H": (1280, 32, 16, 256)}
+ZOO |= {f"JiT-{size}/{patch}": JIT | dict(input_size=16 * patch, patch=patch, width=width, depth=depth, heads=heads,
+                                          bottleneck=bottleneck, context_start=depth // 3)
+        for size, (width, depth, heads, bottleneck) in JIT_SIZES.items() for patch in (16, 32)}
 
 
 def create(name: str, **options) -> DiT:
@@ -1131,9 +1213,9 @@ def read_checkpoint(path) -> dict:
 
 
 def load(path, ema: bool = True, kind: str = "", heads: int = 0) -> DiT:
-    """A network in eval mode from our checkpoint or from an official DiT, SiT or AFM file, in our time, as a velocity.
+    """A network in eval mode from our checkpoint or an official DiT, SiT, JiT or AFM file, in our time, as a velocity.
 
-    ema: the averaged weights where the file has both. Official files do not tell two things: `kind`, "dit" (noise
+    ema: the averaged weights where the file has both (JiT's first average of two: decay 0.9999). Official files do not tell two things: `kind`, "dit" (noise
     prediction), "sit" (velocity) or "afm" (jumps), else guessed from the file's name; and `heads`, else known from the
     width.
     All sizes are read from the tensors. FileNotFoundError or ValueError say what is wrong with a file.
@@ -1146,8 +1228,10 @@ def load(path, ema: bool = True, kind: str = "", heads: int = 0) -> DiT:
         weights = official_weights(content, path, ema)
         config = official_config(weights, path, kind, heads)
         own_time = any("projectors." in k for part in (content, content.get("ema", {})) for k in part)
-        if kind_of(path, kind) == "sit" and not own_time:  # REPA's files, known by their projectors, have our time already
+        if kind_of(path, kind, weights) == "sit" and not own_time:  # REPA's files, known by their projectors, have our time already
             weights = reverse_time(weights)
+        if kind_of(path, kind, weights) == "jit":
+            weights = turn_time(weights)  # it predicts the image: only its clock runs the other way
     try:
         net = from_config(config)
     except TypeError as error:
@@ -1167,7 +1251,8 @@ def discriminator_weights(path, turn: bool = True) -> dict:
             raise ValueError(f"{path}: a run without a discriminator; give one of --loss cafm or afm")
         return content["networks"]["D"]["weights"]
     weights = {k.removeprefix("module."): v for k, v in content.items() if isinstance(v, Tensor)}
-    if "dis_embed" not in weights:
+    weights = {k.replace("proj_out.", "final_layer."): v for k, v in weights.items()}  # its name beside JiT
+    if "dis_embed" not in weights and "in_context_posemb" not in weights:
         raise ValueError(f"{path}: not a CAFM or AFM discriminator: dis_embed is missing (its first entries: "
                          f"{', '.join(map(str, list(content)[:4]))})")
     return (turn_time(weights) if turn else weights) | {"gradient_square": torch.zeros(())}
@@ -1189,24 +1274,26 @@ def load_weights(net: nn.Module, weights: dict, path) -> None:
 
 def official_weights(content: dict, path, ema: bool = True) -> dict:
     """The flat dict of tensors inside an official file: unwrapped, prefixes of wrappers and REPA's projectors removed."""
-    for key in ("ema", "model") if ema else ("model", "ema"):
+    for key in ("ema", "model_ema1", "model") if ema else ("model", "ema"):
         if isinstance(content.get(key), dict):
             content = content[key]
             break
-    weights = {k.removeprefix("module."): v for k, v in content.items() if isinstance(v, Tensor)}
+    weights = {k.removeprefix("module.").removeprefix("net."): v for k, v in content.items() if isinstance(v, Tensor)}
     weights = {k: v for k, v in weights.items() if not k.startswith("projectors.")}
-    if any("x_embedder.proj1" in k for k in weights):
-        raise ValueError(f"{path}: a JiT file; triflow reads DiT, SiT and AFM files so far")
-    needed = ("pos_embed", "x_embedder.proj.weight", "y_embedder.embedding_table.weight", "final_layer.linear.weight")
+    needed = ("pos_embed", "y_embedder.embedding_table.weight", "final_layer.linear.weight", "x_embedder.proj.weight")
+    if "x_embedder.proj1.weight" in weights:
+        needed = (*needed[:3], "x_embedder.proj2.weight", "blocks.0.attn.q_norm.weight", "in_context_posemb")
     missing = [k for k in needed if k not in weights]
     if missing:
-        raise ValueError(f"{path}: not a DiT, SiT or AFM file: {missing[0]} is missing (its first entries: "
+        raise ValueError(f"{path}: not a DiT, SiT, JiT or AFM file: {missing[0]} is missing (its first entries: "
                          f"{', '.join(map(str, list(content)[:4]))})")
     return weights
 
 
-def kind_of(path, kind: str = "") -> str:
-    """Which official code an official file is of: dit, sit or afm (whose own names say nfe, as in xl2_2nfe_...)."""
+def kind_of(path, kind: str = "", weights: dict | tuple = ()) -> str:
+    """Which official code an official file is of: jit, or dit, sit or afm (whose own names say nfe, as in xl2_2nfe_...)."""
+    if "x_embedder.proj1.weight" in weights:
+        return "jit"
     name = os.path.basename(path).lower()
     told = {kind} if kind else set(re.findall(r"(?<![a-z])(dit|sit|afm)(?![a-z])", name.replace("nfe", "-afm-")))
     if told not in ({"dit"}, {"sit"}, {"afm"}):
@@ -1217,7 +1304,9 @@ def kind_of(path, kind: str = "") -> str:
 
 def official_config(weights: dict, path, kind: str = "", heads: int = 0) -> dict:
     """The arguments of DiT that fit these tensors."""
-    kind = kind_of(path, kind)
+    kind = kind_of(path, kind, weights)
+    if kind == "jit":
+        return _jit_config(weights)
     width, channels, patch, _ = weights["x_embedder.proj.weight"].shape
     if not heads and width not in HEADS:
         raise ValueError(f"{path}: a file does not tell its number of heads, and width {width} is not one of DiT's "
@@ -1230,6 +1319,17 @@ def official_config(weights: dict, path, kind: str = "", heads: int = 0) -> dict
                   num_classes=len(weights["y_embedder.embedding_table.weight"]) - (kind != "afm"),
                   learn_sigma=out_channels == 2 * channels, predict="eps" if kind == "dit" else "v")
     return config | _afm_config(weights, path, depth) if kind == "afm" else config
+
+
+def _jit_config(weights: dict) -> dict:
+    """The arguments of DiT for a JiT file. It does not tell context_start: a third of the depth in all of JiT's presets."""
+    bottleneck, channels, patch, _ = weights["x_embedder.proj1.weight"].shape
+    depth = 1 + max(int(k.split(".")[1]) for k in weights if k.startswith("blocks."))
+    width = len(weights["x_embedder.proj2.weight"])
+    return JIT | dict(input_size=math.isqrt(weights["pos_embed"].shape[1]) * patch, patch=patch, channels=channels, width=width,
+                      depth=depth, heads=width // len(weights["blocks.0.attn.q_norm.weight"]), bottleneck=bottleneck,
+                      num_classes=len(weights["y_embedder.embedding_table.weight"]) - 1, context_start=depth // 3,
+                      context=weights["in_context_posemb"].shape[1])
 
 
 def _afm_config(weights: dict, path, depth: int) -> dict:

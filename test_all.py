@@ -583,6 +583,61 @@ def test_model_golden_dit_and_sit(tmp_path):
     check_golden(-ours(x, torch.tensor([.8, .1]), y), **GOLDEN_SIT)
 
 
+@torch.no_grad()
+def test_model_golden_jit(tmp_path):
+    """JiT's output on formula weights, from its class (depth 6, width 48, 4 heads, patch 8, bottleneck 16, 5 tokens of the
+    class at block 2), through model.load: the image of its own time, and v = (x_t - image) / max(t, 0.05)."""
+    net = model.DiT(**model.JIT | dict(input_size=32, patch=8, width=48, depth=6, heads=4, num_classes=10, bottleneck=16,
+                                       context=5, context_start=2))
+    state = net.state_dict()
+    weights = golden_weights({k: v.shape for k, v in state.items() if k != "pos_embed"}) | {"pos_embed": state["pos_embed"]}
+    torch.save({"model": state, "model_ema1": {f"net.{k}": v for k, v in weights.items()}}, tmp_path / "checkpoint-last.pth")
+    ours = model.load(tmp_path / "checkpoint-last.pth")
+    assert ours.config == net.config
+    x, t, y = wave((2, 3, 32, 32), .37), torch.tensor([.8, .1]), torch.tensor([1, 10])
+    image = ours.raw(x, t, y)
+    check_golden(image, -5.47272e-05, 2.37329070429, [0, 1, 1000, 3072, 6143],
+                 [-3.283140898, 3.305665731, -3.126048565, -1.06448245, 0.840548873], 1e-5)
+    assert torch.allclose(ours(x, t, y), (x - image) / t.view(2, 1, 1, 1), atol=1e-4)
+    with torch.device("meta"):
+        for name, tensors, values in (("JiT-B/16", 183, 131_123_712), ("JiT-L/16", 351, 458_877_664), ("JiT-H/32", 463, None)):
+            made = model.create(name)
+            trained = sum(p.numel() for p in made.parameters() if p.requires_grad)
+            assert len(made.state_dict()) == tensors and trained == (values or trained) and made.shape[1] == 16 * made.patch
+        assert sum(p.numel() for p in model.create("JiT-H/16").parameters() if p.requires_grad) == 952_514_368
+
+
+def test_model_jit_pieces():
+    """Rotary positions keep lengths, let products depend on offsets alone, and leave tokens in front where they are; a
+    discriminator of this kind is alive and is read out of the class's first token; its file's names load."""
+    rope, q, k = model.rope_table(8, 4), torch.randn(1, 1, 18, 8), torch.randn(1, 1, 18, 8)
+    turned = model.rotate(q, rope)
+    assert torch.equal(turned[:, :, :2], q[:, :, :2]) and torch.allclose(turned.norm(dim=-1), q.norm(dim=-1), atol=1e-5)
+    same_q, same_k = (model.rotate(part[:, :, :1].expand(-1, -1, 16, -1), rope)[0, 0] for part in (q, k))
+    products = (same_q @ same_k.T).view(4, 4, 4, 4)   # (row, column) of q, of k
+    assert torch.allclose(products[0, 0, 1, 2], products[1, 1, 2, 3], atol=1e-5)
+    assert torch.allclose(products[2, 1, 0, 3], products[3, 0, 1, 2], atol=1e-5)
+    assert not torch.allclose(products[0, 0, 1, 2], products[0, 0, 2, 1], atol=1e-3)
+    options = dict(norm="rms_weight", rope=True, qk_norm=True, swiglu=True, bottleneck=6, context=3, context_start=1)
+    torch.manual_seed(0)
+    D = model.Discriminator(input_size=8, channels=3, patch=2, width=32, depth=2, heads=2, num_classes=10, **options)
+    x, t, y = torch.randn(4, 3, 8, 8), torch.rand(4), torch.arange(4)
+    out, J = model.directional_derivatives(D, x, t, y, torch.randn(2, 4, 3, 8, 8))
+    assert J.abs().max() == 0 and not hasattr(D, "dis_embed") and D.final_layer[1].bias is not None
+    ((J[0] - 1).square().mean() + (J[1] + 1).square().mean()).backward()
+    assert D.blocks[1].adaLN_modulation[1].weight.grad.norm() > 1e-3  # the block where the class's tokens join
+    D = tiny(cls=model.Discriminator, **options)
+    with torch.no_grad():
+        tokens = D.x_embedder(x) + D.pos_embed
+        tokens = D.blocks[0](tokens, D.condition(t, y), D.rope)
+        tokens = torch.cat([D.y_embedder(y)[:, None] + D.in_context_posemb, tokens], 1)
+        token = D.blocks[1](tokens, D.condition(t, y), D.rope)[:, 0]
+        token = token / (token.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+        assert torch.allclose(D(x, t, y), D.final_layer[1](token)[:, 0], atol=1e-5)
+    raises(lambda: tiny(rope=True, width=36, heads=6), "multiple of 4")
+    raises(lambda: tiny(context=2, context_start=5), "block 5")
+
+
 def test_model_names_and_shapes_are_the_official_ones():
     """S/2 and XL/2 have the 132 and 292 tensors of the official files, by name, shape and total count."""
     for name, tensors, values, width, depth in (("SiT-S/2", 132, 32_963_360, 384, 12),
@@ -610,7 +665,8 @@ def test_model_names_and_shapes_are_the_official_ones():
 
 def test_model_zoo_counts():
     """The zoo has S, B, L, XL at patches 2, 4, 8; XL/2 costs the paper's 118.6 GFLOPs, glyph-S has 1.32 M values."""
-    assert {f"SiT-{s}/{p}" for s in ("S", "B", "L", "XL") for p in (2, 4, 8)} | {"glyph-S"} == set(model.ZOO)
+    names = {f"SiT-{s}/{p}" for s in ("S", "B", "L", "XL") for p in (2, 4, 8)} | {f"JiT-{s}/{p}" for s in "SBLH" for p in (16, 32)}
+    assert names | {"glyph-S"} == set(model.ZOO)
     with torch.device("meta"):
         xl = model.create("SiT-XL/2")
         glyph = model.create("glyph-S")
@@ -1445,7 +1501,7 @@ def test_model_load_explains_and_executes_nothing(tmp_path):
     torch.save({"a.weight": torch.zeros(2)}, tmp_path / "dit-other.pt")
     assert "pos_embed is missing" in error_of(model.load, tmp_path / "dit-other.pt")
     torch.save({"model": {"net.x_embedder.proj1.weight": torch.zeros(2)}}, tmp_path / "jit.pt")
-    assert "JiT" in error_of(model.load, tmp_path / "jit.pt")
+    assert "JiT" in error_of(model.load, tmp_path / "jit.pt") and "pos_embed is missing" in error_of(model.load, tmp_path / "jit.pt")
     os.environ["TRIFLOW_ATTACK"] = str(tmp_path / "ran")
     torch.save({"weights": Attack()}, tmp_path / "hostile.pt")
     error_of(model.load, tmp_path / "hostile.pt")
@@ -4049,6 +4105,19 @@ def test_train_on_latents(tmp_path, capsys):
         want = data.to_uint8(codec.decode(sample.sample(net, e, labels, 2)))
     assert (want.int() - made.int()).abs().max() <= 1
     raises(lambda: sample.main([str(tmp_path / "cafm"), "--n", "3"]), "--vae")
+
+
+def test_train_cafm_on_jit(tmp_path):
+    """CAFM post-trains a network with JiT's parts from a run of it: D takes over all that both have, norms' weights too."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(model.ZOO, "JiT-S/16", model.ZOO["JiT-S/16"] | dict(patch=8, width=32, depth=3, heads=2, bottleneck=8, context=2, context_start=1))
+        train.train(tiny_run(tmp_path / "fm", model="JiT-S/16", steps=2))
+        train.train(tiny_run(tmp_path / "cafm", model="JiT-S/16", loss="cafm", init=str(tmp_path / "fm"), steps=1, lr=1e-9))
+    D, ema = checkpoint(tmp_path / "cafm")["networks"]["D"], checkpoint(tmp_path / "fm")["ema"]
+    assert D["config"]["norm"] == "rms_weight" and "blocks.0.norm1.weight" in ema
+    for key, value in ema.items():
+        assert key.startswith("final_layer") or (D["weights"][key] - value).abs().max() < 1e-8, key
+    assert model.load(tmp_path / "cafm/last.pt").rope is not None
 
 
 def test_train_positions_cover_every_image_once():

@@ -527,7 +527,7 @@ def build_discriminator(cfg: Config, net: model.DiT) -> nn.Module:
     objective = losses.LOSSES[cfg.loss]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(data.fold(cfg.seed, "weights of D"))
-        D = objective.kind(**net.config | objective.discriminator(dataclasses.asdict(cfg)))
+        D = objective.kind(**net.config | objective.discriminator(dataclasses.asdict(cfg), net.config))
     if cfg.d_init and not cfg.resume:
         given = model.discriminator_weights(sample.find_checkpoint(cfg.d_init), turn=cfg.loss == "cafm")
         model.load_weights(D, given, cfg.d_init)
