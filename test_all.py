@@ -3872,6 +3872,30 @@ def test_train_methods_bring_their_settings(tmp_path, capsys):
     assert rate("D") == rate("G") == 1 and rate("D", d_lr=0.5) == 0.5 and rate("G", d_lr=0.5) == 1
 
 
+def test_train_presets(tmp_path, capsys):
+    """Each preset fits its network and method; it stands behind flags and before the method's defaults, and is printed with
+    its source; a small run with one of them trains."""
+    for name, (source, settings) in train.PRESETS.items():
+        cfg = train.Config(**losses.LOSSES[settings["loss"]].defaults | settings)
+        train.check(cfg)
+        assert "arXiv:" in source and settings.keys() <= vars(cfg).keys()
+        options = losses.LOSSES[cfg.loss].generator(dataclasses.asdict(cfg))
+        with torch.device("meta"):
+            net = model.create(cfg.model, **options | ({"predict": cfg.predict} if cfg.predict else {}))
+        assert net.predict == ("x" if cfg.model.startswith("JiT") or "1nfe" in name or "layer" in name else "v"), name
+    cfg = train.Config(**losses.LOSSES["cafm"].defaults | train.PRESETS["cafm-sit-xl2"][1])
+    turns = [losses.cafm_turn(step, cfg) for step in range(cfg.steps)]
+    assert turns.count("G") == 2353 and train.learning_rate(20, cfg, "D") == 1e-5
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(model.ZOO, "JiT-B/16", model.ZOO["JiT-B/16"] | dict(patch=8, width=32, depth=3, heads=2, context_start=1))
+        train.main(f"--preset jit-b16-imagenet256 --data {SMALL_SET} --size 32 --batch 4 --steps 1 --device cpu --sample_steps 1 "
+                   f"--out {tmp_path / 'run'}".split())
+    out, config = capsys.readouterr().out, checkpoint(tmp_path / "run")["config"]
+    assert "JiT, arXiv:2511.13720" in out and "--lr 0.0002" in out and "--batch 4" in out
+    assert config["beta2"] == 0.95 and config["batch"] == 4 and config["ema"] == 0.9999 and config["time_mean"] == 0.8
+    raises(lambda: train.main(["--preset", "dit"]), "--preset dit", "cafm-sit-xl2")
+
+
 def test_train_afm_samples_by_its_own_jumps(tmp_path, capsys):
     """A run of jumps is sampled, in the loop and by sample.py, in its own number of steps; other flags are refused."""
     out = tmp_path / "run"

@@ -127,9 +127,40 @@ class Config:
     sample_steps: int = option(25, "solver steps of grids and scores")
     solver: str = option("ab2", "solver of grids and scores", tuple(sample.FLOW_SOLVERS))
     guidance: float = option(1.5, "guidance scale of grids and of the guided score")
+    preset: str = option("", "the settings of a paper, such as cafm-sit-xl2, where no flag says otherwise; they are printed")
     compare: str = option("", "train these objectives, such as fm,pafm,meanflow, alike, into folders of --out, and score each "
                           "in 1, 2, 4 and 50 network evaluations: a table and a picture; goes on where it was stopped")
     benchmark: bool = option(False, "only time training steps: against plain PyTorch, and each role of each objective")
+
+
+PAPERS = dict(decay="constant", warmup=0, clip=0.0, ema=0.9999, weight_decay=0.0, lr=1e-4, batch=256, label_drop=0.1, score=0,
+              log_every=100, sample_every=10_000, save_every=10_000)  # what they share; 5004 steps of 256 are an epoch of ImageNet
+LATENTS = PAPERS | dict(model="SiT-XL/2", predict="v", size=0)
+PIXELS = PAPERS | dict(size=256, batch=1024, warmup=6255, lr=2e-4, beta2=0.95, time="logit_normal", time_mean=0.8, time_std=0.8)
+AFM = dict(loss="afm", beta1=0.0, beta2=0.9, weight_decay=0.01, label_drop=0.0, steps=1_000_000, gp=0.25, cp=0.01)
+PRESETS = {  # --preset NAME: (where its settings were read, the settings)
+    "sit-xl2-imagenet256": ("SiT, arXiv:2401.08740 and its train.py", LATENTS | dict(
+        loss="fm", time="uniform", steps=7_000_000)),
+    "jit-b16-imagenet256": ("JiT, arXiv:2511.13720 and its main_jit.py", PIXELS | dict(loss="fm", model="JiT-B/16", steps=750_600)),
+    "jit-h16-imagenet256": ("JiT, arXiv:2511.13720 and its main_jit.py", PIXELS | dict(loss="fm", model="JiT-H/16", steps=750_600)),
+    "cafm-sit-xl2": ("CAFM, arXiv:2604.11521, train_cafm_sit.yaml: give --init SiT-XL-2-256.pt", LATENTS | dict(
+        loss="cafm", time="uniform", lr=1e-5, beta1=0.0, beta2=0.95, ema=0.99, d_steps=16, d_warmup=10_000, cp=0.001,
+        steps=50_000)),
+    "cafm-jit-h16": ("CAFM, arXiv:2604.11521, train_cafm_jit.yaml: give --init of a JiT-H/16 file", PIXELS | dict(
+        loss="cafm", model="JiT-H/16", warmup=0, lr=1e-5, beta1=0.0, ema=0.99, d_steps=16, d_warmup=5000, cp=0.001,
+        steps=12_500)),
+    "afm-xl2-1nfe": ("AFM, arXiv:2511.22475, train_afm_1nfe.yaml and Table 11, stage 1", LATENTS | AFM | dict(
+        predict="x", nfe=1, ot=0.2, ot_end=0.005)),
+    "afm-xl2-2nfe": ("AFM, arXiv:2511.22475, train_afm_multi_nfe.yaml and Table 11, stage 1", LATENTS | AFM | dict(
+        nfe=2, ot=0.25, ot_end=0.005, clip=5.0)),
+    "afm-xl2-56layer": ("AFM, arXiv:2511.22475, train_afm_1nfe_deep.yaml and Table 11, stage 1", LATENTS | AFM | dict(
+        predict="x", nfe=1, repeats=2, ot=0.2, ot_end=0.005, clip=5.0)),
+    "meanflow-xl2": ("MeanFlow, arXiv:2505.13447, and a PyTorch port's README for omega, kappa", LATENTS | dict(
+        loss="meanflow", time="logit_normal", time_mean=-0.4, time_std=1.0, beta2=0.95, jumps=0.25, p=1.0, omega=0.2,
+        kappa=0.92, guide_until=0.75, steps=1_200_960)),
+    "soflow-xl2": ("SoFlow, arXiv:2512.15657, and its train.py", LATENTS | dict(
+        loss="soflow", time="logit_normal", time_mean=-0.2, time_std=1.0, beta2=0.99, jumps=0.25, p=1.0, steps=1_200_960)),
+}
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -834,9 +865,16 @@ def print_comparison(names: list[str], table: dict, cfg: Config) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     given = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    given.add_argument("--loss", default="fm")
-    method = losses.LOSSES.get(given.parse_known_args(argv)[0].loss, losses.LOSSES["fm"])
-    cfg = data.parse(Config, argv, __doc__, **method.defaults)
+    given.add_argument("--loss", default="")
+    given.add_argument("--preset", default="")
+    asked, _ = given.parse_known_args(argv)
+    if asked.preset not in ("", *PRESETS):
+        raise ValueError(f"--preset {asked.preset}: choose one of {', '.join(PRESETS)}")
+    source, preset = PRESETS.get(asked.preset, ("", {}))
+    method = losses.LOSSES.get(asked.loss or preset.get("loss", "fm"), losses.LOSSES["fm"])
+    cfg = data.parse(Config, argv, __doc__, **method.defaults | preset)
+    if source and data.rank() == 0:
+        print(f"{cfg.preset}, settings of {source}: {' '.join(f'--{k} {getattr(cfg, k)}' for k in preset)}")
     if cfg.benchmark:
         benchmark(cfg)
         return role_costs(cfg)
