@@ -587,6 +587,72 @@ class SwiGLU(nn.Module):
         return self.w3(F.silu(a) * b)
 
 
+class GatedMlp(nn.Module):
+    """down (silu(gate x) up x), without biases: DiT-MoE's expert."""
+
+    def __init__(self, width: int, hidden: int):
+        super().__init__()
+        self.gate_proj, self.up_proj = (nn.Linear(width, hidden, bias=False) for _ in range(2))
+        self.down_proj = nn.Linear(hidden, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class MoE(nn.Module):
+    """DiT-MoE's layer (arXiv:2407.11633) in place of an Mlp: of E experts each token is sent to `used`, and one sees all.
+
+        p = softmax(gate x),   out = shared(x) + sum over the `used` largest p_i of p_i expert_i(x)
+
+    After a call `balance` = sum_i f_i P_i, with P_i the mean of p_i over tokens and f_i E times the share of choices that fell
+    on i: 1 for even routing, up to E for one expert alone; see `balance_of`. `chosen` (B, N, used) tells who went where.
+    """
+
+    def __init__(self, width: int, hidden: int, experts: int, used: int = 2):
+        super().__init__()
+        if not 1 <= used <= experts:
+            raise ValueError(f"{experts} experts of which a token sees {used}: expected 1 to {experts}")
+        self.used, self.balance, self.chosen = used, None, None
+        self.gate = nn.Linear(width, experts, bias=False)
+        self.experts = nn.ModuleList(GatedMlp(width, hidden) for _ in range(experts))
+        self.shared_experts = GatedMlp(width, 2 * width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens, E = x.flatten(0, -2), len(self.experts)                                           # (B N, W)
+        p = self.gate(tokens).float().softmax(-1)
+        weight, chosen = p.topk(self.used, -1)
+        share = E * F.one_hot(chosen, E).float().mean((0, 1))
+        self.balance, self.chosen = (share * p.mean(0)).sum(), chosen.view(*x.shape[:-1], self.used)
+        out = self.shared_experts(tokens)
+        for k, expert in enumerate(self.experts):
+            rows, slot = (chosen == k).nonzero(as_tuple=True)
+            out = out.index_add(0, rows, (weight[rows, slot, None] * expert(tokens[rows])).to(out.dtype))
+        return out.view_as(x)
+
+
+def balance_of(net: nn.Module) -> Tensor | None:
+    """The sum of `balance` over the MoE layers of a network, of their last call; None without such layers."""
+    parts = [layer.balance for layer in net.modules() if isinstance(layer, MoE)]
+    return sum(parts) if parts else None
+
+
+@torch.no_grad()
+def routing(net: nn.Module, x: Tensor, e: Tensor, y: Tensor, times: int = 10) -> dict:
+    """Where a network's MoE layers send tokens: shares of the experts, by time (L, times, E) and by position (L, N, E).
+
+    As DiT-MoE analyses them: routing that follows the position or the class early in the flow, and evens out. x (B, C, h, w)
+    clean, e noise, y (B,); times are the middles of equal intervals.
+    """
+    layers = [layer for layer in net.modules() if isinstance(layer, MoE)]
+    shares = []
+    for k in range(times):
+        t = x.new_full((len(x),), (k + 0.5) / times)
+        net((1 - t[0]) * x + t[0] * e, t, y)
+        shares.append(torch.stack([F.one_hot(layer.chosen, len(layer.experts)).float().mean((0, 2)) for layer in layers]))
+    shares = torch.stack(shares, 1)                                                               # (L, times, N, E)
+    return {"time": shares.mean(2), "position": shares.mean(1)}
+
+
 def rope_table(features: int, side: int) -> Tensor:
     """Rotary positions (2, side^2, d): cosines and sines of a head's d features, half for the row, half for the column.
 
@@ -623,18 +689,40 @@ class Attention(nn.Module):
         q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
         if rope is not None:
             q, k = rotate(q, rope), rotate(k, rope)
-        return self.proj(attention(q, k, v).transpose(1, 2).reshape(B, N, W))                    # (B, N, W)
+        return self.proj(self.attend(q, k, v).transpose(1, 2).reshape(B, N, W))                  # (B, N, W)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attention(q, k, v)
+
+
+class LinearAttention(Attention):
+    """LiT's attention (arXiv:2501.12976), linear in the tokens: f(q) (f(k)^T v) / (f(q) sum f(k)) with f = ReLU,
+
+    and a 5 x 5 convolution of each feature of v, which brings back what is near. Tokens must be those of a square image.
+    """
+
+    def __init__(self, width: int, heads: int, qk_norm: bool = False):
+        super().__init__(width, heads, qk_norm)
+        self.dwc = nn.Conv2d(width // heads, width // heads, 5, padding=2, groups=width // heads)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, side = F.relu(q), F.relu(k), math.isqrt(v.shape[2])
+        near = self.dwc(v.flatten(0, 1).transpose(1, 2).unflatten(2, (side, side))).flatten(2).transpose(1, 2)
+        size = (q * k.sum(2, keepdim=True)).sum(-1, keepdim=True)
+        return q @ (k.transpose(-2, -1) @ v) / (size + 1e-6) + near.view_as(v)
 
 
 class Block(nn.Module):
     """Transformer block with adaLN-zero: x + gate f(norm(x) (1 + scale) + shift), for attention and then the MLP."""
 
-    def __init__(self, width: int, heads: int, mlp_ratio: float, norm: str, qk_norm: bool = False, swiglu: bool = False):
+    def __init__(self, width: int, heads: int, mlp_ratio: float, norm: str, qk_norm: bool = False, swiglu: bool = False,
+                 linear: bool = False, experts: int = 0):
         super().__init__()
         self.norm1 = normalisation(norm, width)
-        self.attn = Attention(width, heads, qk_norm)
+        self.attn = (LinearAttention if linear else Attention)(width, heads, qk_norm)
         self.norm2 = normalisation(norm, width)
-        self.mlp = (SwiGLU if swiglu else Mlp)(width, int(width * mlp_ratio))
+        hidden = int(width * mlp_ratio)
+        self.mlp = MoE(width, hidden, experts) if experts else SwiGLU(width, hidden) if swiglu else Mlp(width, hidden)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
     def forward(self, x: Tensor, c: Tensor, rope: Tensor | None = None) -> Tensor:
@@ -659,7 +747,8 @@ class DiT(nn.Module):
     """The diffusion transformer of DiT (arXiv:2212.09748), SiT (arXiv:2401.08740) and JiT (arXiv:2511.13720).
 
     norm: layer, rms or rms_weight. bottleneck (see `BottleneckEmbed`; 0: none), rope, qk_norm, swiglu: JiT's parts. context:
-    so many tokens of the class join the others at block context_start (JiT). learn_sigma: the last layer has 2 C channels as in the official files; the second half (DiT's
+    so many tokens of the class join the others at block context_start (JiT). linear: see `LinearAttention`. experts: see
+    `MoE`; 0: none. learn_sigma: the last layer has 2 C channels as in the official files; the second half (DiT's
     variance, untrained in SiT) is dropped. null_class: whether the label table has the extra row of guidance. t_min:
     see `clean_velocity`. times: how many times the network is told, 0 (a jump from noise to data), 1 (t), or 2 (t and
     the length t - r of a jump to r). time_scale: times are multiplied by it (1000: AFM's official files). repeats: the
@@ -674,7 +763,7 @@ class DiT(nn.Module):
                  learn_sigma: bool = False, predict: str = "v", t_min: float = 0.05, norm: str = "layer",
                  times: int = 1, time_scale: float = 1.0, repeats: int = 0, shifts: bool = False, guided: bool = False,
                  head: int = 0, bottleneck: int = 0, rope: bool = False, qk_norm: bool = False, swiglu: bool = False,
-                 context: int = 0, context_start: int = 0):
+                 context: int = 0, context_start: int = 0, linear: bool = False, experts: int = 0):
         self.config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         super().__init__()
         if input_size % patch:
@@ -717,10 +806,13 @@ class DiT(nn.Module):
         if context:
             self.in_context_posemb = nn.Parameter(0.02 * torch.randn(1, context, width))
         self.register_buffer("rope", rope_table(width // heads, input_size // patch) if rope else None, persistent=False)
-        self.blocks = nn.ModuleList(Block(width, heads, mlp_ratio, norm, qk_norm, swiglu) for _ in range(depth))
+        if linear and context:
+            raise ValueError("linear attention is for images alone, not with tokens of the class beside them")
+        kind = dict(mlp_ratio=mlp_ratio, norm=norm, qk_norm=qk_norm, swiglu=swiglu, linear=linear, experts=experts)
+        self.blocks = nn.ModuleList(Block(width, heads, **kind) for _ in range(depth))
         self.final_layer = FinalLayer(width, patch, self.out_channels, norm)
         if head:
-            self.head_blocks = nn.ModuleList(Block(width, heads, mlp_ratio, norm, qk_norm, swiglu) for _ in range(head))
+            self.head_blocks = nn.ModuleList(Block(width, heads, **kind) for _ in range(head))
             self.head_layer = FinalLayer(width, patch, self.out_channels, norm)
         self.initialise()
 
@@ -729,7 +821,8 @@ class DiT(nn.Module):
         for layer in self.modules():
             if isinstance(layer, nn.Linear):
                 nn.init.xavier_uniform_(layer.weight)
-                nn.init.zeros_(layer.bias)
+                if layer.bias is not None:
+                    nn.init.zeros_(layer.bias)
         for layer in self.x_embedder.children():
             nn.init.xavier_uniform_(layer.weight.view(layer.out_channels, -1))
             if layer.bias is not None:
@@ -897,7 +990,7 @@ class Classifier(DiT):
     """
 
     def __init__(self, classifier: bool = True, **config):
-        super().__init__(**config | dict(context=0, context_start=0))
+        super().__init__(**config | dict(context=0, context_start=0, linear=False))
         self.config |= dict(classifier=classifier)  # by which `from_config` knows it
         width, norm = self.config["width"], self.config["norm"]
         del self.y_embedder
@@ -988,7 +1081,7 @@ class ScaleDiscriminator(DiT):
     """
 
     def __init__(self, stages: int = 3, latent: int = 0, **config):
-        super().__init__(**config | dict(times=0, rope=False, context=0, context_start=0))
+        super().__init__(**config | dict(times=0, rope=False, context=0, context_start=0, linear=False))
         self.config |= dict(stages=stages, latent=latent)
         width, size = self.config["width"], self.shape[1]
         if size % (self.patch << stages - 1):
@@ -1156,6 +1249,8 @@ ZOO |= {f"SiT-{size}/{patch}": dict(patch=patch, width=width, depth=depth, heads
         for size, (width, depth, heads) in SIZES.items() for patch in (2, 4, 8)}
 JIT = dict(channels=3, predict="x", norm="rms_weight", rope=True, qk_norm=True, swiglu=True, context=32)
 JIT_SIZES = {"S": (384, 12, 6, 128), "B": (768, 12, 12, 128), "L": (1024, 24, 16, 128), "H": (1280, 32, 16, 256)}
+ZOO |= {f"MoE-{size}/{patch}": ZOO[f"SiT-{size}/{patch}"] | dict(experts=8) for size in ("S", "B", "XL") for patch in (2,)}
+ZOO |= {f"LiT-{size}/{patch}": ZOO[f"SiT-{size}/{patch}"] | dict(linear=True) for size in ("S", "B", "L", "XL") for patch in (2,)}
 ZOO |= {f"JiT-{size}/{patch}": JIT | dict(input_size=16 * patch, patch=patch, width=width, depth=depth, heads=heads,
                                           bottleneck=bottleneck, context_start=depth // 3)
         for size, (width, depth, heads, bottleneck) in JIT_SIZES.items() for patch in (16, 32)}
@@ -1345,15 +1440,19 @@ def tell_times(given: DiT, net: DiT) -> dict:
 
     Without a time the function is the one at t = 1: the embedding of that moves into the label table. With two it is the
     same whatever r: jump_embedder starts with net's own weights, whose output is zero, and so does guide_embedder. A
-    velocity head starts as a copy of the last blocks.
+    velocity head starts as a copy of the last blocks. Linear attention inherits everything but attention (LiT), and experts
+    everything but the MLPs.
     """
-    weights = given.state_dict()
+    weights, own = given.state_dict(), net.state_dict()
+    for name, part in (("linear", ".attn."), ("experts", ".mlp.")):
+        if net.config[name] and not given.config.get(name):
+            weights = {k: v for k, v in weights.items() if part not in k} | {k: v for k, v in own.items() if part in k}
     if given.times and not net.times and not net.repeats:
         weights = {k: v for k, v in weights.items() if not k.startswith("t_embedder.")}
         with torch.no_grad():
             at_noise = given.t_embedder(torch.full((1,), given.time_scale))
         weights["y_embedder.embedding_table.weight"] = weights["y_embedder.embedding_table.weight"] + at_noise
-    added = {k: v for k, v in net.state_dict().items() if k.startswith(("jump_embedder.", "guide_embedder."))}
+    added = {k: v for k, v in own.items() if k.startswith(("jump_embedder.", "guide_embedder."))}
     fork = len(given.blocks) - net.head
     for key, value in weights.items():
         part, _, rest = key.partition(".")

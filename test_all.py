@@ -638,6 +638,63 @@ def test_model_jit_pieces():
     raises(lambda: tiny(context=2, context_start=5), "block 5")
 
 
+@torch.no_grad()
+def test_model_mixture_of_experts():
+    """Sending tokens to their experts equals the dense sum over all experts with the weights of the others set to 0; with all
+    used it is the full mixture. The balance is 1 for even routing and E for one expert, and pushes towards the even."""
+    torch.manual_seed(0)
+    layer, x = model.MoE(8, 16, 4, 2), torch.randn(3, 5, 8)
+    p = layer.gate(x).softmax(-1)
+    kept = torch.where(p >= p.topk(2).values[..., 1:], p, 0)
+    dense = layer.shared_experts(x) + sum(kept[..., k:k + 1] * expert(x) for k, expert in enumerate(layer.experts))
+    assert torch.allclose(layer(x), dense, atol=1e-6)
+    assert torch.equal(layer.chosen.sort(-1).values, p.topk(2).indices.sort(-1).values)
+    share = 4 * nn.functional.one_hot(p.topk(2).indices, 4).float().mean((0, 1, 2))
+    assert abs(layer.balance - (share * p.mean((0, 1))).sum()) < 1e-6
+    layer.used = 4
+    full = layer.shared_experts(x) + sum(p[..., k:k + 1] * expert(x) for k, expert in enumerate(layer.experts))
+    assert torch.allclose(layer(x), full, atol=1e-6) and abs(layer.balance - 1) < 1e-6
+    layer.used = 1
+    layer.gate.weight.zero_()
+    layer.gate.weight[2] = 50 * x[0, 0]
+    layer(x[:1, :1].expand(3, 5, 8))
+    assert abs(layer.balance - 4) < 1e-3
+    layer.gate.weight.copy_(torch.randn(4, 8) * 0.5)
+    with torch.enable_grad():
+        for _ in range(200):
+            layer(x)
+            gradient, = torch.autograd.grad(layer.balance, layer.gate.weight)
+            layer.gate.weight.data -= 0.5 * gradient
+    assert layer.balance < 1.05
+    raises(lambda: model.MoE(8, 16, 4, 5), "4 experts of which a token sees 5")
+    net = tiny(experts=3)
+    shares = model.routing(net, torch.randn(4, 3, 8, 8), torch.randn(4, 3, 8, 8), torch.arange(4), 5)
+    assert shares["time"].shape == (2, 5, 3) and shares["position"].shape == (2, 16, 3)
+    assert torch.allclose(shares["time"].sum(-1), torch.ones(2, 5)) and not torch.allclose(shares["time"][0, 0], shares["time"][0, 4])
+
+
+@torch.no_grad()
+def test_model_linear_attention():
+    """(f(q) f(k)^T) v normalised, computed the other way round, and the convolution of v; without the latter a permutation
+    of tokens permutes the output. A network of it takes over all but attention from an ordinary one."""
+    torch.manual_seed(0)
+    layer, (q, k, v) = model.LinearAttention(16, 2), torch.randn(3, 2, 2, 9, 8)
+    weights = q.relu() @ k.relu().transpose(-2, -1)
+    near = torch.stack([layer.dwc(image.T.reshape(1, 8, 3, 3)).reshape(8, 9).T for image in v.flatten(0, 1)]).view_as(v)
+    plain = weights / weights.sum(-1, keepdim=True) @ v
+    assert torch.allclose(layer.attend(q, k, v), plain + near, atol=1e-4)
+    layer.dwc.weight.zero_()
+    layer.dwc.bias.zero_()
+    order, x = torch.randperm(9), torch.randn(2, 9, 16)
+    assert torch.allclose(layer(x)[:, order], layer(x[:, order]), atol=1e-5)
+    given, net = tiny(), model.DiT(**tiny().config | dict(linear=True))
+    own = {key: value.clone() for key, value in net.state_dict().items()}
+    net.load_state_dict(model.tell_times(given, net))
+    for key, value in net.state_dict().items():
+        assert torch.equal(value, own[key] if ".attn." in key else given.state_dict()[key]), key
+    raises(lambda: tiny(linear=True, context=2), "linear attention")
+
+
 def test_model_names_and_shapes_are_the_official_ones():
     """S/2 and XL/2 have the 132 and 292 tensors of the official files, by name, shape and total count."""
     for name, tensors, values, width, depth in (("SiT-S/2", 132, 32_963_360, 384, 12),
@@ -666,6 +723,7 @@ def test_model_names_and_shapes_are_the_official_ones():
 def test_model_zoo_counts():
     """The zoo has S, B, L, XL at patches 2, 4, 8; XL/2 costs the paper's 118.6 GFLOPs, glyph-S has 1.32 M values."""
     names = {f"SiT-{s}/{p}" for s in ("S", "B", "L", "XL") for p in (2, 4, 8)} | {f"JiT-{s}/{p}" for s in "SBLH" for p in (16, 32)}
+    names |= {f"MoE-{s}/2" for s in ("S", "B", "XL")} | {f"LiT-{s}/2" for s in ("S", "B", "L", "XL")}
     assert names | {"glyph-S"} == set(model.ZOO)
     with torch.device("meta"):
         xl = model.create("SiT-XL/2")
@@ -3976,7 +4034,7 @@ def test_train_schedule(tmp_path, capsys):
     seen = []
     objective = lambda net, x, y, draws, cfg: seen.append((cfg.ot, cfg.lr)) or (x.sum(), {})  # noqa: E731
     for start in (3, 4):
-        train.Loss(objective, None, cfg)(torch.zeros(2, 1, dtype=torch.uint8), None, [cfg.batch * start, cfg.batch * start + 1])
+        train.Loss(objective, nn.Module(), cfg)(torch.zeros(2, 1, dtype=torch.uint8), None, [cfg.batch * start, cfg.batch * start + 1])
     assert seen == [(0.1, 0.2), (0.3, 0.5)]
 
     options = dict(loss="afm", steps=8, keep_every=2, save_every=5, lr=1e-3, log_every=1,
@@ -4142,6 +4200,25 @@ def test_train_cafm_on_jit(tmp_path):
     for key, value in ema.items():
         assert key.startswith("final_layer") or (D["weights"][key] - value).abs().max() < 1e-8, key
     assert model.load(tmp_path / "cafm/last.pt").rope is not None
+
+
+def test_train_experts(tmp_path):
+    """A network of experts trains on several kinds of losses: the balance is logged and part of the loss, resuming is exact,
+    and routing.json tells where tokens went."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(model.ZOO, "glyph-S", model.ZOO["glyph-S"] | dict(experts=3, depth=2, width=32))
+        for loss in ("fm", "afm"):
+            a, b, options = tmp_path / loss, tmp_path / f"{loss} again", dict(loss=loss, steps=4, log_every=1)
+            train.train(tiny_run(a, **options))
+            train.train(tiny_run(b, **options | dict(steps=2)))
+            train.train(tiny_run(b, resume=True, **options))
+            assert_same_state(a, b)
+            assert all(row["balance"] > 0.9 * 2 for row in train.read_log(a / "log.jsonl"))  # two layers
+        train.train(tiny_run(tmp_path / "free", steps=1, log_every=1, balance=0.0))
+    held, free = (train.read_log(tmp_path / name / "log.jsonl")[0] for name in ("fm", "free"))
+    assert held["balance"] == free["balance"] and abs(held["loss"] - free["loss"] - 0.01 * free["balance"]) < 1e-6
+    shares = json.loads((tmp_path / "free/routing.json").read_text())["layers, positions, experts"]
+    assert len(shares) == 2 and len(shares[0]) == 16 and abs(sum(shares[0][0]) - 1) < 1e-5
 
 
 def test_train_positions_cover_every_image_once():

@@ -105,6 +105,7 @@ class Config:
     cons: float = option(0.1, "cat: weight of the distance of the stages to the last one")
     cons_detach: bool = option(False, "cat: the last stage is a constant in it")
     cons_space: str = option("full", "cat: compare stages at full resolution, or at each one's own", ("full", "own"))
+    balance: float = option(0.01, "MoE networks: weight of the term that sends tokens to all experts alike")
     augment: float = option(0.0, "afm, cat, classifier: probability of each augmentation that D or the classifier sees "
                             "images through")
     seed: int = option(0, "everything random follows from it")
@@ -182,7 +183,9 @@ class Loss(nn.Module):
     def forward(self, images: Tensor, labels: Tensor, positions: list[int]) -> tuple[Tensor, dict]:
         draws = data.Draws(self.cfg.seed, positions, images.device)
         now = scheduled(self.cfg, positions[0] // self.cfg.batch)
-        return self.objective(self.net, data.clean(images, draws), labels, draws, now, *self.others)
+        loss, logs = self.objective(self.net, data.clean(images, draws), labels, draws, now, *self.others)
+        balance = model.balance_of(self.net)
+        return (loss, logs) if balance is None else (loss + now.balance * balance, logs | {"balance": balance})
 
 
 def micro_batch(cfg: Config) -> int:
@@ -689,7 +692,19 @@ def train(cfg: Config) -> dict:
         if data.rank() == 0:
             print(f"stopped by a signal after step {done}; saved {out / 'last.pt'}. Go on with --resume")
         return {}
+    if model.balance_of(nets["G"]) is not None and data.rank() == 0:
+        write_routing(ema, source, cfg, out / "routing.json")
     return finish(ema, cfg, out, time.perf_counter() - began, codec)
+
+
+def write_routing(ema: nn.Module, source, cfg: Config, path: Path, n: int = 64) -> None:
+    """routing.json: the experts' shares of the tokens of n images, by time and by position, see `model.routing`."""
+    device, draws = ema.pos_embed.device, data.Draws(cfg.seed, range(n))
+    items, labels, _ = next(data.stream(source, [list(range(n))], cfg.seed))
+    x, e = data.clean(items, draws).to(device), draws.normal("noise", ema.shape).to(device)
+    shares = model.routing(ema, x, e, labels.to(device))
+    path.write_text(json.dumps({"layers, times, experts": shares["time"].tolist(),
+                                "layers, positions, experts": shares["position"].tolist()}) + "\n")
 
 
 def finish(ema: nn.Module, cfg: Config, out: Path, seconds: float, codec: data.VAE | None) -> dict:
