@@ -668,9 +668,12 @@ def test_model_mixture_of_experts():
     assert layer.balance < 1.05
     raises(lambda: model.MoE(8, 16, 4, 5), "4 experts of which a token sees 5")
     net = tiny(experts=3)
-    shares = model.routing(net, torch.randn(4, 3, 8, 8), torch.randn(4, 3, 8, 8), torch.arange(4), 5)
+    x, e, y = torch.randn(4, 3, 8, 8), torch.randn(4, 3, 8, 8), torch.arange(4)
+    shares = model.routing(net, x, e, y, 5)
     assert shares["time"].shape == (2, 5, 3) and shares["position"].shape == (2, 16, 3)
-    assert torch.allclose(shares["time"].sum(-1), torch.ones(2, 5)) and not torch.allclose(shares["time"][0, 0], shares["time"][0, 4])
+    net(0.3 * x + 0.7 * e, torch.full((4,), 0.7), y)
+    went = nn.functional.one_hot(net.blocks[1].mlp.chosen, 3).float()
+    assert torch.allclose(shares["time"][1, 3], went.mean((0, 1, 2))) and torch.allclose(shares["position"].sum(-1), torch.ones(2, 16))
 
 
 @torch.no_grad()
