@@ -3519,6 +3519,9 @@ def test_fid_refuses_to_mix_protocols(tmp_path):
     Image.new("RGB", (48, 40)).save(mixed / "0" / "odd.png")
     raises(lambda: toy(str(mixed), npz), "2 sizes: 32x32 (120), 48x40 (1: 0/odd.png)", "--size")
     assert toy(str(mixed), npz, size=32)["n"] == 121
+    small, never = write_npz(tmp_path / "small.npz", *data.glyphs(20, size=16)), Toy()
+    never.extract = None  # what can be known before is found before any image is measured
+    raises(lambda: fid.evaluate(small, npz, never, device="cpu"), "small.npz", "size=[16, 16]", "size=[32, 32]")
     raises(lambda: toy([REAL[0], torch.zeros(1, 3, 8, 8, dtype=torch.uint8)], npz), "2 sizes", "after 120 images")
     raises(lambda: toy([torch.zeros(2, 3, 8, 8, dtype=torch.uint8)], npz), "size=[8, 8]", "size=[32, 32]")
     raises(lambda: toy([data.to_float(REAL[0])], npz), "uint8", "data.to_uint8")
@@ -3669,12 +3672,13 @@ import json, os, sys, torch, torch.distributed as dist
 import data, fid
 torch.set_num_threads(1)
 dist.init_process_group("gloo", init_method="file://" + sys.argv[1], rank=int(sys.argv[2]), world_size=2)
-rank = dist.get_rank()
+rank, net = dist.get_rank(), fid.glyph_net()
+net.metrics = fid.METRICS  # IS also depends on the order of the images
 images, labels = data.glyphs(301, seed=5)
 mine = slice(0, 101) if rank == 0 else slice(101, None)
 scores = [fid.score_glyphs(images[mine], labels[mine]),
           fid.score_glyphs(images[:301 * (1 - rank)]),
-          fid.evaluate(sys.argv[3], "glyphs", features="glyphs", subset=131, batch=50, device="cpu")]
+          fid.evaluate(sys.argv[3], "glyphs", net, subset=131, batch=50, device="cpu")]
 print(json.dumps(scores))
 dist.destroy_process_group()
 """
@@ -3694,8 +3698,10 @@ def test_fid_two_processes_equal_one(tmp_path):
         assert two.keys() == one.keys() and two["n"] == one["n"] and two["accuracy"] == one["accuracy"]
         for key in ("fd_glyphs", "floor"):
             assert abs(two[key] / one[key] - 1) < 1e-6, key  # batches differ, so float32 features do
-    one, two = fid.evaluate(npz, "glyphs", features="glyphs", subset=131, batch=50, device="cpu"), got[0][2]
-    assert two["n"] == 131 and len(values(two)) == 6
+    net = fid.glyph_net()
+    net.metrics = fid.METRICS
+    one, two = fid.evaluate(npz, "glyphs", net, subset=131, batch=50, device="cpu"), got[0][2]
+    assert two["n"] == 131 and len(values(two)) == 8
     for name, value in values(one).items():
         assert abs(values(two)[name] - value) <= 1e-10 * abs(value), name
 
