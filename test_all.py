@@ -3678,7 +3678,8 @@ images, labels = data.glyphs(301, seed=5)
 mine = slice(0, 101) if rank == 0 else slice(101, None)
 scores = [fid.score_glyphs(images[mine], labels[mine]),
           fid.score_glyphs(images[:301 * (1 - rank)]),
-          fid.evaluate(sys.argv[3], "glyphs", net, subset=131, batch=50, device="cpu")]
+          fid.evaluate(sys.argv[3], "glyphs", net, subset=131, batch=50, device="cpu"),
+          [indices for indices, *_ in fid.from_dataset(sys.argv[3], fid.Config(batch=50), "generated").batches]]
 print(json.dumps(scores))
 dist.destroy_process_group()
 """
@@ -3693,7 +3694,8 @@ def test_fid_two_processes_equal_one(tmp_path):
     ranks = [subprocess.Popen([*command, rank, npz], cwd=HERE, stdout=subprocess.PIPE, text=True,
                               env=os.environ | {"PYTHONPATH": str(HERE)}) for rank in "01"]
     got = [json.loads(p.communicate(timeout=120)[0].splitlines()[-1]) for p in ranks]
-    assert got[0] == got[1]
+    lists = [list(range(start, min(start + 50, 301))) for start in range(0, 301, 50)]
+    assert got[0][:3] == got[1][:3] and sorted(got[0][3] + got[1][3]) == lists  # whole batches, as one process has them
     for two, one in zip(got[0], [fid.score_glyphs(images, labels), fid.score_glyphs(images)]):
         assert two.keys() == one.keys() and two["n"] == one["n"] and two["accuracy"] == one["accuracy"]
         for key in ("fd_glyphs", "floor"):
