@@ -153,15 +153,16 @@ def inception_score(logits: Tensor, splits: int = 10) -> dict:
 
 
 def squared_distances(a: Tensor, b: Tensor) -> Tensor:
-    """(n, D), (m, D) -> (n, m), by one matrix product."""
-    return (a.square().sum(1)[:, None] + b.square().sum(1) - 2 * a @ b.T).clamp_min(0)
+    """(n, D), (m, D) -> (n, m), |a|^2 + |b|^2 - 2 a . b by one matrix product."""
+    a2, b2 = (torch.linalg.vector_norm(x, dim=1).square() for x in (a, b))
+    return torch.addmm(a2[:, None] + b2, a, b.T, alpha=-2).clamp_min_(0)
 
 
 def squared_radii(x: Tensor, *ks: int) -> list[Tensor]:
     """For each k the squared distance (n,) of every row of x (n, D) to its k-th nearest other row."""
     if len(x) <= max(ks):
         raise ValueError(f"the neighbour number {max(ks)} needs more than {max(ks)} images, got {len(x)}")
-    nearest = torch.cat([squared_distances(part, x).topk(max(ks) + 1, largest=False).values for part in x.split(1000)])
+    nearest = torch.cat([squared_distances(part, x).topk(max(ks) + 1, largest=False).values for part in x.split(500)])
     return [nearest[:, k] for k in ks]  # number 0 is the row itself
 
 
@@ -179,7 +180,7 @@ def neighbour_scores(real: Tensor, fake: Tensor, k: int = 3, k_density: int = 5)
     fake_radius, = squared_radii(fake, k)
     precise = torch.zeros(len(fake), dtype=torch.bool, device=fake.device)
     recalled = inside = covered = 0
-    for part, r, w in zip(real.split(1000), radius.split(1000), wide.split(1000)):
+    for part, r, w in zip(real.split(500), radius.split(500), wide.split(500)):
         d = squared_distances(part, fake)
         precise |= (d <= r[:, None]).any(0)
         recalled += int((d <= fake_radius).any(1).sum())
@@ -862,8 +863,9 @@ def measure(net: InceptionV3 | GlyphNet, images: ImageSet, keep: typing.Collecti
     if data.world() > 1:
         dist.all_reduce(right)
     place = gather(torch.tensor(order, dtype=torch.int64)).argsort()
-    for name in keep:  # one after the other: 50,000 features take 410 MB
-        rows[name] = gather(torch.cat([torch.empty(0, net.widths[name]), *rows[name]]))[place]
+    for name in keep:  # without a copy more than needed: 50,000 features take 410 MB
+        found = gather(torch.cat([torch.empty(0, net.widths[name]), *rows.pop(name)]))
+        rows[name] = found if torch.equal(place, torch.arange(len(place))) else found[place]
     n = sums["features"].n
     return Measured(images.name, n, dict(features=net.label, resize=net.resize, size=images.size),
                     {kind: total.mean_cov() for kind, total in sums.items()}, rows,
@@ -1012,7 +1014,7 @@ def compare(net: InceptionV3 | GlyphNet, gen: Measured, ref: Measured, metrics: 
             found = frechet_with_bias(*gen.moments[kind], gen.n, *ref.moments[kind], ref.n)
             scores[score_name(metric, net, gen.n)] = found | dict(n=gen.n, n_ref=ref.n)
     if "is" in metrics and "logits" in gen.rows:
-        scores["is" + net.suffix] = inception_score(gen.rows["logits"])
+        scores["is" + net.suffix] = inception_score(gen.rows.pop("logits"))
     elif "is" in metrics:
         note(f"{gen.name} has no images: Inception Score skipped")
     wanted = [name for name in (*NEIGHBOURS, "kid") if name in metrics]
