@@ -940,6 +940,7 @@ class Source:
     """One side of a comparison, opened: whatever can be wrong with it shows before any image is measured."""
 
     def __init__(self, source, net: InceptionV3 | GlyphNet, cfg: "Config", role: str, keep: list[str]):
+        source = str(source) if isinstance(source, os.PathLike) else source
         self.net, self.keep, self.num = net, keep, cfg.num if role == "generated" else 0
         path = isinstance(source, str) and Path(source).is_file()
         self.stored = read_statistics(source) if path else None

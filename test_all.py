@@ -3406,7 +3406,7 @@ def test_fid_every_kind_of_images_scores_alike(tmp_path, capsys):
         for path in sorted(Path(folder).rglob("*.*")):
             archive.write(path, f"inside/{path.name}")
     np.savez_compressed(tmp_path / "small.npz", images=images.numpy())
-    for source in (str(tmp_path / "png"), str(tmp_path / "a.zip"), str(tmp_path / "small.npz"), list(images.split(33))):
+    for source in (str(tmp_path / "png"), str(tmp_path / "a.zip"), tmp_path / "small.npz", list(images.split(33))):
         got = toy(source, real, batch=30)
         assert got["n"] == 80 and got["scores"].keys() == want["scores"].keys()
         if source in (str(tmp_path / "png"), str(tmp_path / "a.zip")):  # in another order, of which IS takes its parts
@@ -3578,6 +3578,9 @@ def test_fid_a_run_generates_what_is_measured(tmp_path):
     random = toy(str(run_folder / "last.pt"), real, num=30, steps=1, labels="random", repeat=2, metrics="fid")
     assert "random labels" in random["made"] and "balanced" not in random["sets"][0]["labels"]
     assert len({one["scores"]["fd_toy"]["value"] for one in random["sets"]}) == 2
+    train.train(tiny_run(tmp_path / "jump", steps=1, loss="afm"))
+    jumped = toy(str(tmp_path / "jump"), real, num=8, steps=7, guidance=2.0, metrics="fid")["made"]
+    assert jumped.startswith("euler, 1 steps, 1 network evaluations, no guidance")  # its own way, whatever is asked for
     raises(lambda: toy(str(run_folder), real), "--num")
 
 
