@@ -3179,7 +3179,8 @@ def test_fid_mmhm(tmp_path, capsys):
 
 
 def test_fid_statistics_equal_numpy_for_any_batches():
-    """Streaming mean and covariance equal np.mean and np.cov to 1e-12, however it is cut; float32 is widened."""
+    """Streaming mean and covariance equal np.mean and np.cov to 1e-12, however it is cut; float32 is widened. Rows that
+    are kept stay as they are while their tensor grows."""
     x = rand(1000, 20).float() * 0.35 + 0.45
     for size in (1000, 64, 7, 1):
         stats = fid.Statistics(20)
@@ -3190,6 +3191,10 @@ def test_fid_statistics_equal_numpy_for_any_batches():
         assert np.abs(mean.numpy() - x.double().numpy().mean(0)).max() < 1e-12
         assert np.abs(cov.numpy() - np.cov(x.double().numpy(), rowvar=False)).max() < 1e-12
     raises(fid.Statistics(3).mean_cov, "at least 2")
+    rows = fid.Rows(3, 1)
+    for part in rand(50, 3).split(7):
+        rows.add(part)
+    assert rows.n == 50 and torch.equal(rows.stored[:50], rand(50, 3).float())
 
 
 def test_fid_inception_has_the_names_and_sizes_of_the_files():
