@@ -91,8 +91,8 @@ class Config:
     gp: float = option(0.25, "afm, cat: weight of the gradient penalties R1 and R2")
     ot: float = option(0.0, "cafm, afm: weight of the transport cost at the first step")
     ot_end: float = option(0.0, "cafm, afm: the same at the last step, half a cosine later")
-    jumps: float = option(0.25, "meanflow, imf, soflow, shortcut: share of the samples that learn a jump; others: the velocity")
-    p: float = option(1.0, "meanflow, imf, soflow: a sample's loss l is divided by a constant (l + c)^p; 0: ordinary squares")
+    jumps: float = option(0.25, "meanflow, imf, soflow, shortcut: share of samples that learn a jump; others: the velocity")
+    p: float = option(1.0, "meanflow, imf, soflow: a sample's loss l is divided by (l + c)^p, a constant; 0: least squares")
     omega: float = option(1.0, "meanflow, soflow: weight of the sample's velocity in the guided one; shortcut: guidance")
     kappa: float = option(0.0, "meanflow, soflow: weight of the network's own velocity in it: guidance omega / (1 - kappa)")
     guide_until: float = option(1.0, "meanflow, soflow: guide only where t is at most this (1 is noise)")
@@ -100,7 +100,7 @@ class Config:
     head: int = option(0, "imf: blocks that the velocity head has for itself; 0: no head, the boundary form")
     finest: int = option(128, "shortcut: the shortest jumps are 1 / finest long, a power of 2")
     doublings: int = option(8, "ect: stages of the run, in each of which steps are half as long as before")
-    data_std: float = option(0.5, "scm: standard deviation of the data's pixels")
+    data_std: float = option(0.42, "scm: standard deviation of the data's pixels (0.42: glyphs)")
     stages: int = option(3, "cat: stages of the generator, and scales of the discriminator")
     cons: float = option(0.1, "cat: weight of the distance of the stages to the last one")
     cons_detach: bool = option(False, "cat: the last stage is a constant in it")
@@ -264,18 +264,18 @@ def check(cfg: Config) -> None:
     if cfg.loss == "cafm" and (cfg.d_steps < 1 or not 0 < cfg.interval <= 1):
         raise ValueError(f"--d_steps {cfg.d_steps} --interval {cfg.interval}: expected at least 1, and in (0, 1]")
     if "jumps" in losses.LOSSES[cfg.loss].defaults and not 0 <= cfg.label_drop <= 1 - cfg.jumps <= 1:
-        raise ValueError(f"--jumps {cfg.jumps} --label_drop {cfg.label_drop}: labels are dropped among the samples that learn "
-                         f"no jump, so --label_drop is at most 1 - jumps")
+        raise ValueError(f"--jumps {cfg.jumps} --label_drop {cfg.label_drop}: labels are dropped among the samples that "
+                         f"learn no jump, so --label_drop is at most 1 - jumps")
     if not cfg.kappa < 1 or (cfg.omega, cfg.kappa) != (1, 0) and not cfg.label_drop:
-        raise ValueError(f"--omega {cfg.omega} --kappa {cfg.kappa} --label_drop {cfg.label_drop}: guidance is omega / (1 - kappa) "
-                         f"with kappa below 1, and needs a share of dropped labels")
+        raise ValueError(f"--omega {cfg.omega} --kappa {cfg.kappa} --label_drop {cfg.label_drop}: guidance is omega / "
+                         f"(1 - kappa) with kappa below 1, and needs a share of dropped labels")
     if cfg.loss == "imf" and (cfg.omega_max < 1 or cfg.omega_max > 1 and not cfg.label_drop):
-        raise ValueError(f"--omega_max {cfg.omega_max} --label_drop {cfg.label_drop}: the largest guidance scale is at least 1, "
-                         f"and one above 1 needs a share of dropped labels")
+        raise ValueError(f"--omega_max {cfg.omega_max} --label_drop {cfg.label_drop}: the largest guidance scale is at "
+                         f"least 1, and one above 1 needs a share of dropped labels")
     if cfg.loss == "shortcut" and (cfg.finest < 2 or cfg.finest & cfg.finest - 1):
         raise ValueError(f"--finest {cfg.finest}: expected a power of 2")
     if cfg.loss in ("ect", "scm") and (cfg.doublings < 1 or not cfg.data_std > 0):
-        raise ValueError(f"--doublings {cfg.doublings} --data_std {cfg.data_std}: expected at least 1, and above 0")
+        raise ValueError(f"--doublings {cfg.doublings} --data_std {cfg.data_std}: expected at least 1, and more than 0")
     if cfg.loss == "cat" and cfg.stages < 2:
         raise ValueError(f"--stages {cfg.stages}: expected at least 2")
     if cfg.data in ("glyphs:1", "glyphs:2", "glyphs:3"):
