@@ -998,6 +998,9 @@ SETTINGS = {
     "afm": dataclasses.replace(ADVERSARIAL, steps=1500, ema=0.99, cp=0.01, ot=0.2, ot_end=0.05),
 }
 CONTROLS = {  # what is lost without an ingredient; "x": the network gives where to jump, rather than the jump
+    "meanflow, p = 1": dataclasses.replace(SETTINGS["meanflow"], p=1.0),
+    "meanflow, no jumps": dataclasses.replace(SETTINGS["meanflow"], jumps=0.0),
+    "imf, no head": dataclasses.replace(SETTINGS["imf"], head=0),
     "cafm, 1 D step for 1 of G": dataclasses.replace(SETTINGS["cafm"], d_steps=1),
     "afm x": dataclasses.replace(SETTINGS["afm"], predict="x"),
     "afm x, no transport cost": dataclasses.replace(SETTINGS["afm"], predict="x", ot=0.0, ot_end=0.0),
@@ -1168,7 +1171,7 @@ def _density(mixture: Mixture, x: Tensor, t: Tensor) -> Tensor:
 class Options:
     losses: str = option("", "objectives to train, such as fm,afm; empty: all")
     steps: int = option(0, "steps of each; 0: as many as it needs")
-    controls: bool = option(False, "also train what lacks an ingredient: cafm with a slow D, afm without transport cost")
+    controls: bool = option(False, "also train what lacks an ingredient: afm without transport cost, imf without its head, ..")
     seed: int = option(0, "seed of weights, data and noise")
     out: str = option("losses.png", "the picture to write")
 
