@@ -788,11 +788,16 @@ def from_run(source: str, cfg: "Config") -> ImageSet:
     labels = sample.labels_for(cfg.num, net.num_classes)
     if cfg.labels == "random":
         labels = torch.randint(net.num_classes, (cfg.num,), generator=data.generator("labels", cfg.seed))
-    options = dict(steps=cfg.steps, solver=cfg.solver, guidance=cfg.guidance) | sample.own_settings(path)
-    made = f"{sample.describe(**options)}, EMA weights, {cfg.labels} labels, seed {cfg.seed}"
+    own, usual = sample.own_settings(path)
+    given = {name: value for name in ("steps", "solver", "guidance") if (value := getattr(cfg, name))}
+    if wrong := [name for name, value in given.items() if own.get(name, value) != value]:
+        raise ValueError(f"--{wrong[0]} {given[wrong[0]]}: {source} jumps to the data in its own way; leave it out")
+    options = dict(steps=50, solver="ab2", guidance=1.0) | usual | given
+    made = f"{sample.describe(told=net.guided, **options)}, EMA weights, {cfg.labels} labels, seed {cfg.seed}"
+    codec = data.load_vae(cfg.vae).to(device) if cfg.vae else None
     batches = ((indices, images, labels[indices])
-               for indices, images in sample.generate(net, labels, cfg.seed, cfg.batch, **options))
-    return ImageSet(source, batches, cfg.num, list(net.shape[1:]), labels if net.num_classes > 1 else None, made)
+               for indices, images in sample.generate(net, labels, cfg.seed, cfg.batch, codec=codec, **options))
+    return ImageSet(source, batches, cfg.num, list(sample.image_shape(net, codec)[1:]), labels if net.num_classes > 1 else None, made)
 
 
 def from_batches(source: typing.Iterable[Tensor], crop: int) -> ImageSet:
@@ -1185,9 +1190,10 @@ class Config:
     size: int = option(0, "crop and scale all images to this many pixels; 0 keeps them as they are")
     batch: int = option(64, "images at a time")
     workers: int = option(-1, "processes that decode image files; -1: up to 4 for files, none for arrays")
-    steps: int = option(50, "a run as GENERATED: solver steps")
-    solver: str = option("ab2", "the same: how its flow is integrated", tuple(sample.SOLVERS))
+    steps: int = option(0, "a run as GENERATED: solver steps; 0: as many as the run has for its samples, or 50")
+    solver: str = option("", "the same: how its flow is integrated; empty: the run's own way, or ab2", ("", *sample.SOLVERS))
     guidance: float = option(1.0, "the same: guidance scale; 1 is none")
+    vae: str = option("", "the same: the codec's file, for networks of latents")
     labels: str = option("balanced", "the same: each class equally often, or at random as in ADM, DiT and SiT",
                          choices=("balanced", "random"))
     seed: int = option(0, "the same: sample i depends on (seed, i) only; also draws --subset")

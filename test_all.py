@@ -3586,7 +3586,8 @@ def test_fid_a_run_generates_what_is_measured(tmp_path):
     assert "random labels" in random["made"] and "balanced" not in random["sets"][0]["labels"]
     assert len({one["scores"]["fd_toy"]["value"] for one in random["sets"]}) == 2
     train.train(tiny_run(tmp_path / "jump", steps=1, loss="afm"))
-    jumped = toy(str(tmp_path / "jump"), real, num=8, steps=7, guidance=2.0, metrics="fid")["made"]
+    raises(lambda: toy(str(tmp_path / "jump"), real, num=8, steps=7, metrics="fid"), "--steps 7", "own way")
+    jumped = toy(str(tmp_path / "jump"), real, num=8, metrics="fid")["made"]
     assert jumped.startswith("euler, 1 steps, 1 network evaluations, no guidance")  # its own way, whatever is asked for
     raises(lambda: toy(str(run_folder), real), "--num")
 
@@ -4208,6 +4209,12 @@ def test_train_on_latents(tmp_path, capsys):
         want = data.to_uint8(codec.decode(sample.sample(net, e, labels, 2)))
     assert (want.int() - made.int()).abs().max() <= 1
     raises(lambda: sample.main([str(tmp_path / "cafm"), "--n", "3"]), "--vae")
+    np.savez(tmp_path / "real.npz", arr_0=np.zeros((12, 32, 32, 3), np.uint8))
+    how = dict(features="glyphs", steps=1, num=12, device="cpu")
+    found = fid.evaluate(str(tmp_path / "fm"), str(tmp_path / "real.npz"), vae=vae, **how)
+    assert found["n"] == 12 and found["scores"]["fd_glyphs"]["value"] > 0
+    raises(lambda: fid.evaluate(str(tmp_path / "fm"), str(tmp_path / "real.npz"), **how), "--vae")
+    raises(lambda: train.train(tiny_run(tmp_path / "no", monitor=10, **options)), "--monitor 10", "--reference")
 
 
 def test_train_cafm_on_jit(tmp_path):
