@@ -551,7 +551,8 @@ def cat_D(D, x: Tensor, y: Tensor, draws: data.Draws, cfg, G) -> tuple[Tensor, d
 
     R1, R2: see `scale_flatness`. GAT: D and G see the same batch, and D also matches features of DINOv2 (REPA); here:
     each step has a batch of its own, as for every objective, and no pretrained network takes part. For latents of
-    photographs a port of the paper has gp = 0.5 and augment = 1; the defaults here are for short runs on glyphs.
+    photographs a port of the paper has gp = 0.5, augment = 1 and one learning rate; the defaults here are for short runs
+    on glyphs, with D faster than G: at equal rates G evades a D that, with G held still, soon tells its samples apart.
     """
     e = draws.normal("noise", x.shape[1:])
     with torch.no_grad():
