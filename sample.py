@@ -288,9 +288,7 @@ def generate(net, labels: Tensor, seed: int, batch: int = 250, progress: str = "
     beyond its arithmetic.
     """
     shape, device = net.shape, next(net.parameters()).device
-    if shape[0] != 3 and codec is None:
-        raise ValueError(f"this network makes latents of {shape[0]} channels: give the codec that decodes them, "
-                         f"--vae sd-vae-ft-mse.safetensors")
+    image_shape(net, codec)  # or an error
     starts = range(data.rank() * batch, len(labels), data.world() * batch)
     with tqdm(total=len(labels), desc=progress, unit="img", disable=not progress or data.rank() > 0) as bar:
         for start in starts:
@@ -312,6 +310,9 @@ def _make(net, draws: data.Draws, device, options: dict, e: Tensor, y: Tensor) -
 
 def image_shape(net, codec: data.VAE | None = None) -> tuple[int, int, int]:
     """(3, h, w) of the images that come of a network's output."""
+    if net.shape[0] != 3 and codec is None:
+        raise ValueError(f"this network makes latents of {net.shape[0]} channels: give the codec that decodes them, "
+                         f"--vae sd-vae-ft-mse.safetensors")
     return (3, 8 * net.shape[1], 8 * net.shape[2]) if codec else net.shape
 
 
