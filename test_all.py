@@ -4195,6 +4195,7 @@ def test_train_on_latents(tmp_path, capsys):
         train.train(tiny_run(tmp_path / "pafm", loss="pafm", candidates=3, bank=4, **options))
         assert "no --vae" in capsys.readouterr().err and not (tmp_path / "pafm/samples/final.png").exists()
         train.train(tiny_run(tmp_path / "cafm", loss="cafm", init=str(tmp_path / "fm"), d_steps=1, **options))
+        raises(lambda: train.train(tiny_run(tmp_path / "no", monitor=10, **options)), "--monitor 10", "--reference")
     assert Image.open(tmp_path / "fm/samples/final.png").size[0] == 10 * 66 + 2
     net, labels = model.load(tmp_path / "cafm/last.pt"), sample.labels_for(3, 10)
     assert net.shape == (4, 4, 4)
@@ -4214,7 +4215,6 @@ def test_train_on_latents(tmp_path, capsys):
     found = fid.evaluate(str(tmp_path / "fm"), str(tmp_path / "real.npz"), vae=vae, **how)
     assert found["n"] == 12 and found["scores"]["fd_glyphs"]["value"] > 0
     raises(lambda: fid.evaluate(str(tmp_path / "fm"), str(tmp_path / "real.npz"), **how), "--vae")
-    raises(lambda: train.train(tiny_run(tmp_path / "no", monitor=10, **options)), "--monitor 10", "--reference")
 
 
 def test_train_cafm_on_jit(tmp_path):
