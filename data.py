@@ -732,7 +732,8 @@ def read_safetensors(path: str | Path) -> dict[str, Tensor]:
             refuse(f"its header cannot be read ({type(error).__name__}: {str(error)[:60]})")
     last = 0
     for name, dtype, shape, begin, end in sorted(entries, key=lambda entry: entry[3:]):
-        if min(shape, default=0) < 0 or begin < last or end > size - 8 - length or end - begin != math.prod(shape) * dtype.itemsize:
+        fits = last <= begin and end <= size - 8 - length and end - begin == math.prod(shape) * dtype.itemsize
+        if not fits or min(shape, default=0) < 0:
             refuse(f"{name} of shape {shape} lies at {begin} to {end} of {size - 8 - length:,} bytes, after {last}")
         last = end
     raw = torch.from_numpy(np.memmap(path, np.uint8, "c"))[8 + length:] if entries else torch.empty(0)

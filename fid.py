@@ -797,7 +797,8 @@ def from_run(source: str, cfg: "Config") -> ImageSet:
     codec = data.load_vae(cfg.vae).to(device) if cfg.vae else None
     batches = ((indices, images, labels[indices])
                for indices, images in sample.generate(net, labels, cfg.seed, cfg.batch, codec=codec, **options))
-    return ImageSet(source, batches, cfg.num, list(sample.image_shape(net, codec)[1:]), labels if net.num_classes > 1 else None, made)
+    size = list(sample.image_shape(net, codec)[1:])
+    return ImageSet(source, batches, cfg.num, size, labels if net.num_classes > 1 else None, made)
 
 
 def from_batches(source: typing.Iterable[Tensor], crop: int) -> ImageSet:

@@ -812,8 +812,9 @@ LOSSES = {
                       defaults=dict(beta1=0.0, beta2=0.95, ema=0.99, decay="constant", lr=1e-4, d_warmup=1000)),
     "afm": Objective(afm_G, afm_D, alternate, alarm=0.05,
                      generator=lambda settings: dict(times=_times(settings["nfe"]), repeats=settings.get("repeats", 0)),
-                     discriminator=lambda settings, config: dict(times=min(1, _times(settings["nfe"])), repeats=0,
-                                                                 linear=False, norm="layer" if config["norm"] == "rms" else config["norm"]),
+                     discriminator=lambda settings, config: dict(
+                         times=min(1, _times(settings["nfe"])), repeats=0, linear=False,
+                         norm="layer" if config["norm"] == "rms" else config["norm"]),
                      defaults=dict(beta1=0.0, beta2=0.9, label_drop=0.0, weight_decay=0.01, decay="constant", lr=5e-4,
                                    cp=0.01, ot=0.2, ot_end=0.01, clip=0.0),
                      sampling=lambda settings: dict(solver="euler", guidance=1.0,

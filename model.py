@@ -792,7 +792,8 @@ class DiT(nn.Module):
         self.amp = None  # torch.bfloat16: run the network, and nothing else, under autocast
         self.times, self.time_scale, self.repeats = times, time_scale, repeats
         self.guided, self.head = guided, head
-        self.x_embedder = BottleneckEmbed(channels, patch, width, bottleneck) if bottleneck else PatchEmbed(channels, patch, width)
+        self.x_embedder = (BottleneckEmbed(channels, patch, width, bottleneck) if bottleneck else
+                           PatchEmbed(channels, patch, width))
         if times or repeats:
             self.t_embedder = TimestepEmbedder(width)
         if times == 2:
@@ -1249,8 +1250,8 @@ ZOO |= {f"SiT-{size}/{patch}": dict(patch=patch, width=width, depth=depth, heads
         for size, (width, depth, heads) in SIZES.items() for patch in (2, 4, 8)}
 JIT = dict(channels=3, predict="x", norm="rms_weight", rope=True, qk_norm=True, swiglu=True, context=32)
 JIT_SIZES = {"S": (384, 12, 6, 128), "B": (768, 12, 12, 128), "L": (1024, 24, 16, 128), "H": (1280, 32, 16, 256)}
-ZOO |= {f"MoE-{size}/{patch}": ZOO[f"SiT-{size}/{patch}"] | dict(experts=8) for size in ("S", "B", "XL") for patch in (2,)}
-ZOO |= {f"LiT-{size}/{patch}": ZOO[f"SiT-{size}/{patch}"] | dict(linear=True) for size in ("S", "B", "L", "XL") for patch in (2,)}
+ZOO |= {f"MoE-{size}/2": ZOO[f"SiT-{size}/2"] | dict(experts=8) for size in ("S", "B", "XL")}
+ZOO |= {f"LiT-{size}/2": ZOO[f"SiT-{size}/2"] | dict(linear=True) for size in SIZES}
 ZOO |= {f"JiT-{size}/{patch}": JIT | dict(input_size=16 * patch, patch=patch, width=width, depth=depth, heads=heads,
                                           bottleneck=bottleneck, context_start=depth // 3)
         for size, (width, depth, heads, bottleneck) in JIT_SIZES.items() for patch in (16, 32)}
@@ -1310,9 +1311,9 @@ def read_checkpoint(path) -> dict:
 def load(path, ema: bool = True, kind: str = "", heads: int = 0) -> DiT:
     """A network in eval mode from our checkpoint or an official DiT, SiT, JiT or AFM file, in our time, as a velocity.
 
-    ema: the averaged weights where the file has both (JiT's first average of two: decay 0.9999). Official files do not tell two things: `kind`, "dit" (noise
-    prediction), "sit" (velocity) or "afm" (jumps), else guessed from the file's name; and `heads`, else known from the
-    width.
+    ema: the averaged weights where the file has both (JiT's first average of two: decay 0.9999). Official files do not
+    tell two things: `kind`, "dit" (noise prediction), "sit" (velocity) or "afm" (jumps), else guessed from the file's
+    name; and `heads`, else known from the width.
     All sizes are read from the tensors. FileNotFoundError or ValueError say what is wrong with a file.
     """
     content = read_checkpoint(path)
@@ -1323,7 +1324,7 @@ def load(path, ema: bool = True, kind: str = "", heads: int = 0) -> DiT:
         weights = official_weights(content, path, ema)
         config = official_config(weights, path, kind, heads)
         own_time = any("projectors." in k for part in (content, content.get("ema", {})) for k in part)
-        if kind_of(path, kind, weights) == "sit" and not own_time:  # REPA's files, known by their projectors, have our time already
+        if kind_of(path, kind, weights) == "sit" and not own_time:  # REPA's files, told by their projectors, have our time
             weights = reverse_time(weights)
         if kind_of(path, kind, weights) == "jit":
             weights = turn_time(weights)  # it predicts the image: only its clock runs the other way
@@ -1421,8 +1422,9 @@ def _jit_config(weights: dict) -> dict:
     bottleneck, channels, patch, _ = weights["x_embedder.proj1.weight"].shape
     depth = 1 + max(int(k.split(".")[1]) for k in weights if k.startswith("blocks."))
     width = len(weights["x_embedder.proj2.weight"])
-    return JIT | dict(input_size=math.isqrt(weights["pos_embed"].shape[1]) * patch, patch=patch, channels=channels, width=width,
-                      depth=depth, heads=width // len(weights["blocks.0.attn.q_norm.weight"]), bottleneck=bottleneck,
+    return JIT | dict(input_size=math.isqrt(weights["pos_embed"].shape[1]) * patch, patch=patch, channels=channels,
+                      width=width, depth=depth, bottleneck=bottleneck,
+                      heads=width // len(weights["blocks.0.attn.q_norm.weight"]),
                       num_classes=len(weights["y_embedder.embedding_table.weight"]) - 1, context_start=depth // 3,
                       context=weights["in_context_posemb"].shape[1])
 

@@ -137,13 +137,14 @@ class Config:
 PAPERS = dict(decay="constant", warmup=0, clip=0.0, ema=0.9999, weight_decay=0.0, lr=1e-4, batch=256, label_drop=0.1, score=0,
               log_every=100, sample_every=10_000, save_every=10_000)  # what they share; 5004 steps of 256 are an epoch of ImageNet
 LATENTS = PAPERS | dict(model="SiT-XL/2", predict="v", size=0)
-PIXELS = PAPERS | dict(size=256, batch=1024, warmup=6255, lr=2e-4, beta2=0.95, time="logit_normal", time_mean=0.8, time_std=0.8)
+PIXELS = PAPERS | dict(loss="fm", size=256, batch=1024, warmup=6255, lr=2e-4, beta2=0.95, time="logit_normal", time_mean=0.8,
+                       time_std=0.8, steps=750_600)
 AFM = dict(loss="afm", beta1=0.0, beta2=0.9, weight_decay=0.01, label_drop=0.0, steps=1_000_000, gp=0.25, cp=0.01)
 PRESETS = {  # --preset NAME: (where its settings were read, the settings)
     "sit-xl2-imagenet256": ("SiT, arXiv:2401.08740 and its train.py", LATENTS | dict(
         loss="fm", time="uniform", steps=7_000_000)),
-    "jit-b16-imagenet256": ("JiT, arXiv:2511.13720 and its main_jit.py", PIXELS | dict(loss="fm", model="JiT-B/16", steps=750_600)),
-    "jit-h16-imagenet256": ("JiT, arXiv:2511.13720 and its main_jit.py", PIXELS | dict(loss="fm", model="JiT-H/16", steps=750_600)),
+    "jit-b16-imagenet256": ("JiT, arXiv:2511.13720 and its main_jit.py", PIXELS | dict(model="JiT-B/16")),
+    "jit-h16-imagenet256": ("JiT, arXiv:2511.13720 and its main_jit.py", PIXELS | dict(model="JiT-H/16")),
     "cafm-sit-xl2": ("CAFM, arXiv:2604.11521, train_cafm_sit.yaml: give --init SiT-XL-2-256.pt", LATENTS | dict(
         loss="cafm", time="uniform", lr=1e-5, beta1=0.0, beta2=0.95, ema=0.99, d_steps=16, d_warmup=10_000, cp=0.001,
         steps=50_000)),
@@ -238,7 +239,8 @@ def check_schedule(cfg: Config, kept: Path) -> None:
         back = settings.get("d_reload", 0)
         if back and not losses.LOSSES[cfg.loss].D:
             raise ValueError(f"--schedule d_reload={back}: --loss {cfg.loss} has no discriminator")
-        if back and not (kept / f"step_{back:07d}.pt").exists() and (back >= step or not cfg.keep_every or back % cfg.keep_every):
+        will_be = back < step and cfg.keep_every and back % cfg.keep_every == 0
+        if back and not will_be and not (kept / f"step_{back:07d}.pt").exists():
             raise ValueError(f"--schedule d_reload={back}: step {back} is not kept before step {step}; use a step that "
                              f"--keep_every ({cfg.keep_every}) keeps")
 
@@ -494,8 +496,8 @@ def score(ema: nn.Module, cfg: Config) -> dict:
         images = torch.cat([images for _, images in made]) if made else torch.empty(0, *ema.shape, dtype=torch.uint8)
         indices = [i for indices, _ in made for i in indices]
         results[name] = fid.score_glyphs(images, labels[indices])
-        results[name]["protocol"] = (f"{sample.describe(told=ema.guided, **options)}, EMA weights, labels in turn, seed {cfg.seed + 1}, "
-                                     f"network in {'bfloat16' if ema.amp else 'float32'}")
+        results[name]["protocol"] = (f"{sample.describe(told=ema.guided, **options)}, EMA weights, labels in turn, seed "
+                                     f"{cfg.seed + 1}, network in {'bfloat16' if ema.amp else 'float32'}")
     return results
 
 
@@ -848,13 +850,15 @@ def compare(argv: list[str], cfg: Config) -> None:
             options = sampling(dataclasses.replace(own, sample_steps=steps, solver="euler"), 1.0)
             if options["steps"] == steps and str(steps) not in table.setdefault(name, {}):
                 labels = sample.labels_for(cfg.score, ema.num_classes)
-                images = torch.cat([x for _, x in sample.generate(ema, labels, cfg.seed + 1, progress=f"{name}, {steps}", **options)])
+                made = sample.generate(ema, labels, cfg.seed + 1, progress=f"{name}, {steps}", **options)
+                images = torch.cat([x for _, x in made])
                 table[name][str(steps)] = fid.score_glyphs(images, labels)
                 known.write_text(json.dumps(table, indent=2) + "\n")
             rows.append(_strip(ema, cfg.seed, options) if options["steps"] == steps else None)
     blank = torch.full_like(next(row for row in rows if row is not None), 255)
     captions = [f"{name}, {steps}" for name in names for steps in EVALUATIONS]
-    data.grid(torch.stack([blank if row is None else row for row in rows]), len(EVALUATIONS), captions).save(out / "compare.png")
+    rows = torch.stack([blank if row is None else row for row in rows])
+    data.grid(rows, len(EVALUATIONS), captions).save(out / "compare.png")
     print_comparison(names, table, cfg)
 
 
@@ -897,7 +901,8 @@ def main(argv: list[str] | None = None) -> None:
         return compare(sys.argv[1:] if argv is None else argv, cfg)
     if cfg.resume and (Path(cfg.out) / "last.pt").exists():  # go on as the run was; flags given now have the last word
         was = model.read_checkpoint(Path(cfg.out) / "last.pt").get("config", {})
-        cfg = data.parse(Config, argv, __doc__, **{k: v for k, v in was.items() if hasattr(cfg, k) and k not in ("out", "resume")})
+        was = {k: v for k, v in was.items() if hasattr(cfg, k) and k not in ("out", "resume")}
+        cfg = data.parse(Config, argv, __doc__, **was)
     try:
         train(cfg)
     except FloatingPointError as error:
