@@ -669,8 +669,11 @@ def test_model_mixture_of_experts():
     raises(lambda: model.MoE(8, 16, 4, 5), "4 experts of which a token sees 5")
     net = tiny(experts=3)
     x, e, y = torch.randn(4, 3, 8, 8), torch.randn(4, 3, 8, 8), torch.arange(4)
+    seen = []
+    hook = net.t_embedder.register_forward_pre_hook(lambda _, given: seen.append(given[0][0].item()))
     shares = model.routing(net, x, e, y, 5)
-    assert shares["time"].shape == (2, 5, 3) and shares["position"].shape == (2, 16, 3)
+    hook.remove()
+    assert np.allclose(seen, [.1, .3, .5, .7, .9]) and shares["time"].shape == (2, 5, 3) and shares["position"].shape == (2, 16, 3)
     net(0.3 * x + 0.7 * e, torch.full((4,), 0.7), y)
     went = nn.functional.one_hot(net.blocks[1].mlp.chosen, 3).float()
     assert torch.allclose(shares["time"][1, 3], went.mean((0, 1, 2))) and torch.allclose(shares["position"].sum(-1), torch.ones(2, 16))
@@ -3974,6 +3977,9 @@ def test_train_presets(tmp_path, capsys):
     assert "JiT, arXiv:2511.13720" in out and "--lr 0.0002" in out and "--batch 4" in out
     assert config["beta2"] == 0.95 and config["batch"] == 4 and config["ema"] == 0.9999 and config["time_mean"] == 0.8
     raises(lambda: train.main(["--preset", "dit"]), "--preset dit", "cafm-sit-xl2")
+    capsys.readouterr()
+    raises(lambda: train.main(["--preset", "afm-xl2-1nfe", "--accumulation", "2", "--device", "cpu"]), "--accumulation 2")
+    assert "--lr 0.0001" in capsys.readouterr().out  # before the 0.0005 of --loss afm
 
 
 def test_train_afm_samples_by_its_own_jumps(tmp_path, capsys):
