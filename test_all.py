@@ -4332,7 +4332,7 @@ def test_train_monitors_images_by_inception(tmp_path):
     train.train(tiny_run(tmp_path / "alone", **options))
     assert_same_state(tmp_path / "run", tmp_path / "alone")
     again = train.Config(**options | dict(reference="other.npz"))
-    assert train.monitor_reference(again, tmp_path, torch.device("cpu"))["reference"] == "other.npz"
+    assert train.monitor_reference(again, data.dataset(again.data, 32), tmp_path, torch.device("cpu"))["reference"] == "other.npz"
 
 
 def test_train_init_and_other_data(tmp_path):
