@@ -789,7 +789,7 @@ def from_run(source: str, cfg: "Config") -> ImageSet:
     if cfg.labels == "random":
         labels = torch.randint(net.num_classes, (cfg.num,), generator=data.generator("labels", cfg.seed))
     own, usual = sample.own_settings(path)
-    given = {name: value for name in ("steps", "solver", "guidance") if (value := getattr(cfg, name))}
+    given = {k: v for k, v in dict(steps=cfg.steps, solver=cfg.solver, guidance=cfg.guidance).items() if v}
     if wrong := [name for name, value in given.items() if own.get(name, value) != value]:
         raise ValueError(f"--{wrong[0]} {given[wrong[0]]}: {source} jumps to the data in its own way; leave it out")
     options = dict(steps=50, solver="ab2", guidance=1.0) | usual | given

@@ -33,6 +33,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 import data
 
@@ -731,6 +732,12 @@ class Block(nn.Module):
         return torch.addcmul(x, gate_m[:, None], self.mlp(modulate(self.norm2(x), shift_m, scale_m)))
 
 
+def _with_body(body: str, block: Block, *parts) -> Tensor:
+    """A block under the attention body of its forward pass, also when the backward pass comes to compute it again."""
+    with attention_body(body):
+        return block(*parts)
+
+
 class FinalLayer(nn.Module):
     def __init__(self, width: int, patch: int, out_channels: int, norm: str):
         super().__init__()
@@ -790,6 +797,7 @@ class DiT(nn.Module):
         self.num_classes, self.null_class, self.predict, self.t_min = num_classes, null_class, predict, t_min
         self.shape = (channels, input_size, input_size)
         self.amp = None  # torch.bfloat16: run the network, and nothing else, under autocast
+        self.recompute = False  # keep only what enters each block for the backward pass, and compute the rest again
         self.times, self.time_scale, self.repeats = times, time_scale, repeats
         self.guided, self.head = guided, head
         self.x_embedder = (BottleneckEmbed(channels, patch, width, bottleneck) if bottleneck else
@@ -896,7 +904,10 @@ class DiT(nn.Module):
         for block in blocks:
             if self.context and block is self.blocks[self.context_start]:
                 x = torch.cat([(self.y_embedder(y)[:, None] + self.in_context_posemb).to(x.dtype), x], 1)
-            x = block(x, c, self.rope)
+            if self.recompute and torch.is_grad_enabled():
+                x = checkpoint(_with_body, _body, block, x, c, self.rope, use_reentrant=False)
+            else:
+                x = block(x, c, self.rope)
         return x
 
     def read(self, token: Tensor, x: Tensor, c: Tensor, y: Tensor | None = None) -> Tensor:

@@ -638,6 +638,29 @@ def test_model_jit_pieces():
     raises(lambda: tiny(context=2, context_start=5), "block 5")
 
 
+@pytest.mark.parametrize("loss", ["fm", "meanflow", "cafm"])
+def test_model_recomputing_blocks(loss):
+    """Gradients are the same to the last bit but for cafm's second ones (1e-6), and much less is kept."""
+    cfg, draws = train.Config(loss=loss, jumps=0.5, omega=0.8), data.Draws(0, range(16))
+    options = losses.LOSSES[loss].generator(dataclasses.asdict(cfg))
+    G, D = tiny(depth=8, **options), tiny(cls=model.Discriminator, depth=8)
+    x, y, found = torch.randn(16, 3, 8, 8), torch.arange(16) % 10, {}
+
+    def value():
+        if loss == "cafm":
+            return losses.cafm_D(D, x, y, draws, cfg, G)[0]
+        return getattr(losses, loss)(G, x, y, draws, cfg)[0]
+
+    net = D if loss == "cafm" else G
+    for recompute in (False, True):
+        net.recompute = recompute
+        parameters = [p for p in net.parameters() if p.requires_grad]
+        found[recompute] = torch.autograd.grad(value(), parameters, allow_unused=True), model.kept_bytes(value)
+    for a, b in zip(found[False][0], found[True][0]):
+        assert (a is None and b is None) or torch.equal(a, b) or loss == "cafm" and torch.allclose(a, b, rtol=1e-4, atol=1e-6)
+    assert loss == "cafm" or found[True][1] < 0.4 * found[False][1], (found[True][1], found[False][1])
+
+
 @torch.no_grad()
 def test_model_mixture_of_experts():
     """Sending tokens to their experts equals the dense sum over all experts with the weights of the others set to 0; with all

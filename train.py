@@ -112,6 +112,7 @@ class Config:
     device: str = option("auto", "where to run", ("auto", "cpu", "cuda", "mps"))
     amp: str = option("auto", "bfloat16 autocast around the network; auto: on CUDA", ("auto", "bf16", "off"))
     compile: bool = option(False, "torch.compile the network")
+    recompute: bool = option(False, "keep only the inputs of blocks for the backward pass: a third more time, much less memory")
     out: str = option("runs/glyphs", "the run folder")
     init: str = option("", "start from the weights of this checkpoint or run folder (cafm, afm: D too, but its head)")
     d_init: str = option("", "start the discriminator from that of this run, or from an official CAFM or AFM file")
@@ -263,6 +264,8 @@ def check(cfg: Config) -> None:
     if cfg.loss == "afm" and cfg.accumulation > 1:
         raise ValueError(f"--accumulation {cfg.accumulation}: afm normalises the gradient of its whole batch, so use "
                          f"--accumulation 1 and a smaller --batch or more processes")
+    if cfg.recompute and cfg.loss == "cafm" and cfg.route == "forward":
+        raise ValueError("--recompute: forward mode keeps nothing to compute again; use --route reverse")
     if cfg.loss == "cafm" and (cfg.d_steps < 1 or not 0 < cfg.interval <= 1):
         raise ValueError(f"--d_steps {cfg.d_steps} --interval {cfg.interval}: expected at least 1, and in (0, 1]")
     if "jumps" in losses.LOSSES[cfg.loss].defaults and not 0 <= cfg.label_drop <= 1 - cfg.jumps <= 1:
@@ -554,7 +557,7 @@ def build(cfg: Config, source, device: torch.device) -> model.DiT:
             weights[table] = net.state_dict()[table]
         model.load_weights(net, weights, path)
     use_amp = cfg.amp == "bf16" or (cfg.amp == "auto" and device.type == "cuda")
-    net.amp = torch.bfloat16 if use_amp else None
+    net.amp, net.recompute = torch.bfloat16 if use_amp else None, cfg.recompute
     return net.to(device)
 
 
@@ -574,7 +577,7 @@ def build_discriminator(cfg: Config, net: model.DiT) -> nn.Module:
     if cfg.loss == "cafm" and not (cfg.init or cfg.resume):
         fid.note("cafm without --init trains from scratch, which is slower than post-training a flow: give --init "
                  "RUN_OR_CHECKPOINT to start from one")
-    D.amp = net.amp
+    D.amp, D.recompute = net.amp, net.recompute
     return D.to(net.pos_embed.device)
 
 
