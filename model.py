@@ -626,7 +626,10 @@ class MoE(nn.Module):
         self.balance, self.chosen = (share * p.mean(0)).sum(), chosen.view(*x.shape[:-1], self.used)
         out = self.shared_experts(tokens)
         for k, expert in enumerate(self.experts):
-            rows, slot = (chosen == k).nonzero(as_tuple=True)
+            if chosen.is_meta:  # multiply-adds are counted there: an even share
+                rows = slot = chosen.new_zeros(chosen.numel() // E)
+            else:
+                rows, slot = (chosen == k).nonzero(as_tuple=True)
             out = out.index_add(0, rows, (weight[rows, slot, None] * expert(tokens[rows])).to(out.dtype))
         return out.view_as(x)
 

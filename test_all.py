@@ -760,6 +760,14 @@ def test_model_zoo_counts():
     assert abs(model.multiply_adds(xl) / 1e9 - 118.6) < 0.1
     assert sum(p.numel() for p in glyph.parameters()) == 1_322_688
     assert "glyph-S" in error_of(model.create, "SiT-Q/2")
+    costs = {}
+    for name in ("SiT-S/2", "MoE-S/2", "LiT-S/2", "JiT-S/16"):  # every kind of network can be counted
+        with torch.device("meta"):
+            costs[name] = model.multiply_adds(model.create(name))
+    tokens, width, depth = 256, 384, 12
+    experts = 3 * width * (2 * 4 * width + 2 * width) + 8 * width  # two of them and the shared one, and the gate
+    assert costs["MoE-S/2"] - costs["SiT-S/2"] == depth * tokens * (experts - 8 * width ** 2)
+    assert 0 < costs["LiT-S/2"] and 0 < costs["JiT-S/16"]
     assert "multiple of 8" in error_of(model.create, "SiT-S/8", input_size=28)
 
 
