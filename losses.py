@@ -1134,7 +1134,7 @@ def exact_samples(mixture: Mixture, n: int) -> Tensor:
     return mixture.flow(e, torch.ones(n, dtype=torch.float64), torch.zeros(n, dtype=torch.float64))
 
 
-def draw_trajectories(nets: dict, calls: dict, mixture: Mixture, path: str, lines: int = 60, columns: int = 5) -> None:
+def draw_trajectories(nets: dict, calls: dict, mixture: Mixture, path: str, lines: int = 60, columns: int = 6) -> None:
     """One panel for the exact flow and one for each network: trajectories (white) over the density of x_t (blue).
 
     A network that jumps is drawn by straight lines, in as many steps as `calls` has for it.
