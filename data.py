@@ -908,7 +908,8 @@ def encode(cfg: Encode) -> None:
     if rank() == 0:
         np.save(out / "labels.npy", np.asarray(ds.labels, np.int64))
         (out / "manifest.json").write_text(json.dumps(about, indent=2) + "\n")
-    starts = [s for s in range(0, len(ds), cfg.shard) if not _shard(out, s // cfg.shard).exists()][rank()::world()]
+    own = range(rank() * cfg.shard, len(ds), world() * cfg.shard)  # by number: what others have written meanwhile moves nothing
+    starts = [s for s in own if not _shard(out, s // cfg.shard).exists()]
     with tqdm(total=sum(min(cfg.shard, len(ds) - s) for s in starts), desc="encoding", unit="img", disable=rank() > 0) as bar:
         for start in starts:
             indices = range(start, min(start + cfg.shard, len(ds)))

@@ -487,6 +487,14 @@ def write_grid(ema: nn.Module, cfg: Config, path: Path, codec: data.VAE | None, 
     sample.write_samples(made, labels, sample.image_shape(ema, codec), path, columns)
 
 
+def score_samples(ema: nn.Module, cfg: Config, options: dict, progress: str) -> dict:
+    """`fid.score_glyphs` of cfg.score samples made by these options of `sample.sample`, each process its share of them."""
+    labels = sample.labels_for(cfg.score, ema.num_classes)
+    made = list(sample.generate(ema, labels, cfg.seed + 1, progress=progress, **options))
+    images = torch.cat([images for _, images in made]) if made else torch.empty(0, *ema.shape, dtype=torch.uint8)
+    return fid.score_glyphs(images, labels[[i for indices, _ in made for i in indices]])
+
+
 def score(ema: nn.Module, cfg: Config) -> dict:
     """FD-glyphs and class accuracy of cfg.score samples without and (for a flow) with guidance, with their protocol."""
     results = {}
@@ -494,11 +502,7 @@ def score(ema: nn.Module, cfg: Config) -> dict:
         options = sampling(cfg, guidance)
         if options["guidance"] != guidance:
             continue
-        labels = sample.labels_for(cfg.score, ema.num_classes)
-        made = list(sample.generate(ema, labels, cfg.seed + 1, progress=f"scoring {name} samples", **options))
-        images = torch.cat([images for _, images in made]) if made else torch.empty(0, *ema.shape, dtype=torch.uint8)
-        indices = [i for indices, _ in made for i in indices]
-        results[name] = fid.score_glyphs(images, labels[indices])
+        results[name] = score_samples(ema, cfg, options, f"scoring {name} samples")
         results[name]["protocol"] = (f"{sample.describe(told=ema.guided, **options)}, EMA weights, labels in turn, seed "
                                      f"{cfg.seed + 1}, network in {'bfloat16' if ema.amp else 'float32'}")
     return results
@@ -852,10 +856,7 @@ def compare(argv: list[str], cfg: Config) -> None:
         for steps in EVALUATIONS:
             options = sampling(dataclasses.replace(own, sample_steps=steps, solver="euler"), 1.0)
             if options["steps"] == steps and str(steps) not in table.setdefault(name, {}):
-                labels = sample.labels_for(cfg.score, ema.num_classes)
-                made = sample.generate(ema, labels, cfg.seed + 1, progress=f"{name}, {steps}", **options)
-                images = torch.cat([x for _, x in made])
-                table[name][str(steps)] = fid.score_glyphs(images, labels)
+                table[name][str(steps)] = score_samples(ema, cfg, options, f"{name}, {steps}")
                 known.write_text(json.dumps(table, indent=2) + "\n")
             rows.append(_strip(ema, cfg.seed, options) if options["steps"] == steps else None)
     blank = torch.full_like(next(row for row in rows if row is not None), 255)
@@ -873,7 +874,7 @@ def _strip(ema: model.DiT, seed: int, options: dict, n: int = 10) -> torch.Tenso
 
 def print_comparison(names: list[str], table: dict, cfg: Config) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() and cfg.device != "cpu" else "cpu")
-    times = model.in_turn(role_steps(cfg, {"fm": 0, **dict.fromkeys(names)}, device, cfg.batch), 3, device.type)
+    times = model.in_turn(role_steps(cfg, dict.fromkeys(["fm", *names]), device, cfg.batch), 3, device.type)
     print(f"\n{cfg.steps} steps of {cfg.batch} images, {cfg.score} samples, unguided, EMA: FD-glyphs / accuracy by network "
           f"evaluations; time of a step's loss and gradients (of all its roles) in flow-matching steps")
     print(f"{'objective':>12}" + "".join(f"{steps:>18}" for steps in EVALUATIONS) + f"{'time':>8}")
