@@ -24,6 +24,7 @@ import functools
 import gc
 import gzip
 import hashlib
+import importlib.util
 import io
 import itertools
 import json
@@ -486,12 +487,14 @@ class Latents:
         self.size, self.classes, self.shape = about["size"], about["classes"], tuple(about["shape"])
         if size and size != self.size:
             raise ValueError(f"{root}: encoded at --size {self.size}, not {size}")
-        shards = [root / f"moments_{k:05d}.npy" for k in range(-(-about["count"] // about["shard"]))]
+        shards = [_shard(root, k) for k in range(-(-about["count"] // about["shard"]))]
         if missing := [p for p in shards if not p.exists()]:
             raise ValueError(f"{root}: {missing[0].name} is missing ({len(missing)} of {len(shards)}): the same data.py encode "
                              f"command goes on where it was stopped")
         self.shards, self.per_shard = [np.load(p, mmap_mode="r") for p in shards], about["shard"]
-        self.labels = np.load(root / "labels.npy")
+        self.labels, self.features = np.load(root / "labels.npy"), None
+        if about["features"]:
+            self.features = [np.load(_shard(root, k, "features"), mmap_mode="r") for k in range(len(shards))]
 
     num_classes = property(lambda self: len(self.classes))
 
@@ -501,6 +504,52 @@ class Latents:
     def item(self, i: int) -> tuple[Tensor, int]:
         moments = self.shards[i // self.per_shard][i % self.per_shard]
         return torch.from_numpy(np.array(moments)), int(self.labels[i])
+
+
+class StoredFeatures:
+    """What a frozen encoder said of the training images, as `encode` stored it beside their latents; called like one.
+
+    shape: (1 + N, F), a token of the whole image and one for each patch.
+    """
+
+    def __init__(self, source: Latents, mirror: bool):
+        self.source, self.mirror, self.shape = source, mirror, source.features[0].shape[2:]
+
+    def __call__(self, x: Tensor, draws: Draws) -> Tensor:
+        """Those of the images that `stream` puts at the positions of this micro-batch: (B, 1 + N, F) as x is."""
+        flips = ((draws.uniform("flip") < 0.5) & self.mirror).long().tolist()
+        indices = [index_at(len(self.source), position, draws.seed) for position in draws.positions]
+        rows = [self.source.features[i // self.source.per_shard][i % self.source.per_shard, side]
+                for i, side in zip(indices, flips)]
+        return torch.from_numpy(np.stack(rows)).to(x)
+
+
+class Encoder:
+    """A frozen encoder: the function NAME of the Python file in "FILE.py:NAME", images (B, 3, h, w) in [-1, 1] to features.
+
+    Features (B, 1 + N, F): a token of the whole image, then one for each of N patches, row by row. README has DINOv2's.
+    """
+
+    def __init__(self, name: str, size: int, device="cpu"):
+        path, _, function = name.rpartition(":")
+        if not Path(path).is_file() or not function:
+            raise ValueError(f"--encoder {name}: expected FILE.py:NAME, a function in a Python file that is there")
+        spec = importlib.util.spec_from_file_location("encoder", path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        if not callable(getattr(module, function, None)):
+            raise ValueError(f"--encoder {name}: {path} has no function {function}")
+        self.name, self.function = name, getattr(module, function)
+        self.shape = self(torch.zeros(1, 3, size, size, device=device)).shape[1:]
+
+    @torch.no_grad()
+    def __call__(self, x: Tensor, draws: Draws | None = None) -> Tensor:
+        """Features (B, 1 + N, F) of the type of x, without gradient."""
+        found = self.function(x)
+        if found.dim() != 3 or len(found) != len(x):
+            raise ValueError(f"--encoder {self.name}: gave features {tuple(found.shape)} for {len(x)} images; expected (images, "
+                             f"1 + patches, width)")
+        return found.to(x)
 
 
 class _Fetcher(torch.utils.data.Dataset):
@@ -881,6 +930,7 @@ class Encode:
     source: str = option("", "images: a folder such as ImageNet's train, a .zip, an .npz, ...")
     out: str = option("", "the folder of latents to write")
     vae: str = option("sd-vae-ft-mse.safetensors", "the codec's file")
+    encoder: str = option("", "FILE.py:NAME, a frozen encoder whose features are written as well, for repa and reg")
     size: int = option(256, "crop and scale images to this many pixels")
     batch: int = option(16, "images at a time on each process")
     shard: int = option(4096, "images in one file")
@@ -893,13 +943,16 @@ def encode(cfg: Encode) -> None:
     """Write the moments of every image and of its mirror image, shard by shard; files that are there are left alone.
 
     Moments rather than latents, so that training draws from the posterior anew each epoch. Processes share the shards.
+    With an encoder, its features of both sides too.
     """
     device, out = start_processes(cfg.device), Path(cfg.out)
     vae, ds = load_vae(cfg.vae).to(device), dataset(cfg.source, cfg.size)
+    encoder = Encoder(cfg.encoder, cfg.size, device) if cfg.encoder else None
     if cfg.size % 8 or cfg.batch < 1 or cfg.shard < 1:
         raise ValueError(f"--size {cfg.size} --batch {cfg.batch} --shard {cfg.shard}: expected a multiple of 8, and at least 1")
     about = dict(source=cfg.source, count=len(ds), classes=list(ds.classes), size=cfg.size, shard=cfg.shard,
-                 shape=[4, cfg.size // 8, cfg.size // 8], scale=VAE.scale, codec=digest(cfg.vae))
+                 shape=[4, cfg.size // 8, cfg.size // 8], scale=VAE.scale, codec=digest(cfg.vae), encoder=cfg.encoder,
+                 features=list(encoder.shape) if encoder else None)
     out.mkdir(parents=True, exist_ok=True)
     if (out / "manifest.json").exists() and (was := read_manifest(out)) != about:
         name = next(k for k in about if was.get(k) != about[k])
@@ -913,32 +966,42 @@ def encode(cfg: Encode) -> None:
     with tqdm(total=sum(min(cfg.shard, len(ds) - s) for s in starts), desc="encoding", unit="img", disable=rank() > 0) as bar:
         for start in starts:
             indices = range(start, min(start + cfg.shard, len(ds)))
-            _encode_shard(vae, ds, indices, _shard(out, start // cfg.shard), cfg, device, bar)
+            _encode_shard(vae, encoder, ds, indices, out, cfg, device, bar)
     barrier()
     if rank() == 0:
         print(f"wrote {out}: {len(ds):,} images as latents {tuple(about['shape'])} of {ds.num_classes} classes; train with "
               f"train.py --data {out} --vae {cfg.vae}")
 
 
-def _shard(out: Path, k: int) -> Path:
-    return out / f"moments_{k:05d}.npy"
+def _shard(out: Path, k: int, what: str = "moments") -> Path:
+    return out / f"{what}_{k:05d}.npy"
 
 
-def _encode_shard(vae: VAE, ds, indices: range, path: Path, cfg: Encode, device, bar) -> None:
-    unfinished = path.with_name(path.stem + ".tmp.npy")
-    side = cfg.size // 8
-    rows = np.lib.format.open_memmap(unfinished, "w+", np.float16, (len(indices), 2, 8, side, side))
+def _encode_shard(vae: VAE, encoder: Encoder | None, ds, indices: range, out: Path, cfg: Encode, device, bar) -> None:
+    """Moments, and features where there is an encoder, to temporary files that then take their names: moments last."""
+    def moments(x):
+        found = vae.moments(x)
+        found[:, 4:].clamp_(-30, 20)  # of the log-variance only these values count
+        return found
+
+    makers = ({"features": (encoder, encoder.shape)} if encoder else {}) | {
+        "moments": (moments, (8, cfg.size // 8, cfg.size // 8))}
+    paths = {what: _shard(out, indices[0] // cfg.shard, what) for what in makers}
+    rows = {what: np.lib.format.open_memmap(paths[what].with_suffix(".tmp.npy"), "w+", np.float16, (len(indices), 2, *shape))
+            for what, (_, shape) in makers.items()}
     chunks = [list(indices[k:k + cfg.batch]) for k in range(0, len(indices), cfg.batch)]
     for chunk, (images, _) in zip(chunks, batches(ds, chunks, cfg.workers)):
-        x = to_float(images.to(device))
-        both = torch.stack([vae.moments(x), vae.moments(x.flip(3))], 1)
-        both[:, :, 4:].clamp_(-30, 20)  # of the log-variance only these values count
-        if not torch.isfinite(both.half()).all():
-            raise ValueError(f"{cfg.vae}: gives latents that are not finite for the images {chunk[0]} to {chunk[-1]}")
-        rows[chunk[0] - indices[0]:chunk[-1] - indices[0] + 1] = both.half().cpu().numpy()
+        x, here = to_float(images.to(device)), slice(chunk[0] - indices[0], chunk[-1] - indices[0] + 1)
+        for what, (make, _) in makers.items():
+            both = torch.stack([make(x), make(x.flip(3))], 1).half()
+            if not torch.isfinite(both).all():
+                raise ValueError(f"{cfg.vae if what == 'moments' else cfg.encoder}: gives {what} that are not finite as float16 "
+                                 f"for the images {chunk[0]} to {chunk[-1]}")
+            rows[what][here] = both.cpu().numpy()
         bar.update(len(chunk))
-    rows.flush()
-    os.replace(unfinished, path)
+    for what, written in rows.items():
+        written.flush()
+        os.replace(paths[what].with_suffix(".tmp.npy"), paths[what])
 
 
 def read_manifest(root: Path) -> dict:
@@ -947,6 +1010,7 @@ def read_manifest(root: Path) -> dict:
         about = json.loads((root / "manifest.json").read_text())
         if not {"count", "classes", "size", "shard", "shape", "scale", "codec"} <= about.keys():
             raise ValueError("an entry is missing")
+        about = dict(encoder="", features=None) | about  # later than the others
     except (ValueError, AttributeError) as error:
         raise ValueError(f"{root}/manifest.json: not one of data.py encode ({error})") from error
     return about

@@ -7,6 +7,10 @@
                                          may have become x_t
     carflow     v of images and noise    v = e - x, where learned        none              none             2509.19300
                 that classes moved       shifts have moved x_t
+    repa        velocity v(x_t, t)       v = e - x; tokens inside look     none              none             2410.06940
+                                         like a frozen encoder's
+    reg         v of an image and of     the same; v of both             none              none             2507.01467
+                an encoder's token of it
     meanflow    jump u: x_r = x_t -      u = v - (t - r) du/dt           none              u's along v      2505.13447
                 (t - r) u(x_t, t, r)
     imf         the same, and v          u + (t - r) du/dt = v           one, for v        u's along its v  2512.02012
@@ -242,6 +246,57 @@ def posterior_mean(x: Tensor, e: Tensor, t: Tensor, others: Tensor) -> tuple[Ten
     weights = (-(a / t) * (a / (2 * t) * gap + along)).softmax(1).view(*gap.shape, *[1] * (x.dim() - 1))
     mean = (weights * away).sum(1)                                                                # of x - x_j
     return x - mean, (weights * (away - mean[:, None]).square()).sum(1).mean()
+
+
+def repa(net, x: Tensor, y: Tensor, draws: data.Draws, cfg, features) -> tuple[Tensor, dict]:
+    """Representation alignment: E |v_net(x_t, t, y) - (e - x)|^2 + align E[1 - cos(h, z)]   (arXiv:2410.06940, Eqs. 8, 9)
+
+    h: the network's tokens after one of its first blocks, by a projector; z: a frozen encoder's features of the same
+    patches of x, without noise. So the first blocks need not find out by themselves what is in an image.
+    """
+    t = sample_times(draws, cfg)
+
+    e = draws.normal("noise", x.shape[1:])
+    x_t = interpolate(x, e, t)
+
+    v = velocity_target(net, x, e, x_t, t)
+
+    flow = (net(x_t, t, drop_labels(net, y, draws, cfg)) - v).square().mean()
+    apart = misalignment(net.projected(), features(x, draws)[:, 1:])
+    return flow + cfg.align * apart, {"flow": flow, "misalignment": apart}
+
+
+def reg(net, x: Tensor, y: Tensor, draws: data.Draws, cfg, features) -> tuple[Tensor, dict]:
+    """Representation entanglement: `repa` of images that carry the encoder's token of them along, as part of what is
+
+    denoised: E |v_image - v|^2 + token E |v_token - v|^2 + align * misalignment of all tokens   (arXiv:2507.01467, Eqs. 4-8)
+
+    One time for both, and noise of the token's own. The network is a `model.TokenDiT`, its state the two side by side.
+    """
+    t = sample_times(draws, cfg)
+
+    z = features(x, draws)                                                                        # (B, 1 + N, F)
+    both = torch.cat([x.flatten(1), z[:, 0]], 1)                                                  # (B, C h w + F)
+    e = draws.normal("noise", both.shape[1:])
+    x_t = interpolate(both, e, t)
+
+    v = velocity_target(net, both, e, x_t, t)
+
+    error = (net(x_t, t, drop_labels(net, y, draws, cfg)) - v).square()
+    flow, token = error[:, :-z.shape[2]].mean(), error[:, -z.shape[2]:].mean()
+    apart = misalignment(net.projected(), z)
+    return flow + cfg.token * token + cfg.align * apart, {"flow": flow, "token": token, "misalignment": apart}
+
+
+def misalignment(h: Tensor, z: Tensor) -> Tensor:
+    """Mean of 1 - cos(h, z) over projected tokens h and an encoder's features z, (B, N, F) both: 0 where they point alike.
+
+    paper: -cos, which is less by 1; so a loss stays above 0, where loss.png can draw it.
+    """
+    if h.shape != z.shape:
+        raise ValueError(f"the encoder gives features {tuple(z.shape[1:])} of an image, the network's tokens are projected to "
+                         f"{tuple(h.shape[1:])}: let it see images of a size that gives as many patches")
+    return (1 - F.cosine_similarity(h, z, dim=2)).mean()
 
 
 def meanflow(net, x: Tensor, y: Tensor, draws: data.Draws, cfg) -> tuple[Tensor, dict]:
@@ -544,15 +599,16 @@ def afm_G(G, x: Tensor, y: Tensor, draws: data.Draws, cfg, D, C=None) -> tuple[T
     return loss + cfg.cg * surprise, logs | {"surprise": surprise}
 
 
-def cat_D(D, x: Tensor, y: Tensor, draws: data.Draws, cfg, G) -> tuple[Tensor, dict]:
+def cat_D(D, x: Tensor, y: Tensor, draws: data.Draws, cfg, G, features=None) -> tuple[Tensor, dict]:
     """CAT's discriminator, one relativistic game a scale (arXiv:2605.26449; GAT, arXiv:2509.24935):
 
         mean over scales of E softplus(f_k - r_k) + gp (R1 + R2),   r = D(x at all scales), f = D(stages, one a scale).
 
-    R1, R2: see `scale_flatness`. GAT: D and G see the same batch, and D also matches features of DINOv2 (REPA); here:
-    each step has a batch of its own, as for every objective, and no pretrained network takes part. For latents of
-    photographs a port of the paper has gp = 0.5, augment = 1 and one learning rate; the defaults here are for short runs
-    on glyphs, with D faster than G: at equal rates G evades a D that, with G held still, soon tells its samples apart.
+    R1, R2: see `scale_flatness`. With `features`, D's tokens of real images at the finest scale are aligned as in `repa`,
+    with weight align: the encoder sees what D sees. GAT: D and G see the same batch; here: each step has a batch of its
+    own, as for every objective. For latents of photographs a port of the paper has gp = 0.5, augment = 1, align = 1
+    (DINOv2) and one learning rate; the defaults here are for short runs on glyphs, with D faster than G: at equal rates G
+    evades a D that, with G held still, soon tells its samples apart.
     """
     e = draws.normal("noise", x.shape[1:])
     with torch.no_grad():
@@ -560,11 +616,14 @@ def cat_D(D, x: Tensor, y: Tensor, draws: data.Draws, cfg, G) -> tuple[Tensor, d
 
     real, made = pyramid(x.expand(h.shape), draws, cfg), pyramid(h, draws, cfg)
 
-    r, f = D(real, y), D(made, y)
+    r = D(real, y)
+    apart = misalignment(D.projected(), features(real[0], draws)) if features else None
+    f = D(made, y)
     r1 = scale_flatness(D, real, r, y, draws, "R1")
     r2 = scale_flatness(D, made, f, y, draws, "R2")
-    loss = F.softplus(f - r).mean() + cfg.gp * (r1 + r2)
-    return loss, {"real": r.mean(), "fake": f.mean(), "r1": r1, "r2": r2}
+    loss = F.softplus(f - r).mean() + cfg.gp * (r1 + r2) + (cfg.align * apart if features else 0)
+    logs = {"real": r.mean(), "fake": f.mean(), "r1": r1, "r2": r2}
+    return loss, logs | ({"misalignment": apart} if features else {})
 
 
 def cat_G(G, x: Tensor, y: Tensor, draws: data.Draws, cfg, D) -> tuple[Tensor, dict]:
@@ -772,6 +831,7 @@ class Objective(typing.NamedTuple):
     kind: type = model.Discriminator
     discriminator: typing.Callable = lambda settings, config: {}  # its options, beyond those of G's config
     bank: bool = False        # whether G's loss looks at a data.Bank of other images
+    features: str = ""        # the role whose loss looks at a frozen encoder's features of the images
     draws_images: bool = True  # whether a run has pictures to show
     alarm: float = 0.0        # a mean loss of D below this: D has won
     sampling: typing.Callable = lambda settings: {}  # how a run's samples are made, where that is not a matter of choice
@@ -794,6 +854,8 @@ LOSSES = {
     "fm": Objective(fm),
     "pafm": Objective(pafm, bank=True),
     "carflow": Objective(fm, generator=lambda settings: dict(shifts=True)),
+    "repa": Objective(repa, features="G"),
+    "reg": Objective(reg, features="G"),
     "meanflow": Objective(meanflow, generator=lambda settings: dict(times=2), sampling=flow_map,
                           defaults=dict(jumps=0.25, time_mean=-0.4, time_std=1.0, sample_steps=1)),
     "imf": Objective(imf, defaults=dict(jumps=0.5, head=1, omega_max=4.0, time_mean=-0.4, time_std=1.0, sample_steps=1),
@@ -821,8 +883,8 @@ LOSSES = {
                                                     **({"steps": settings["nfe"]} if settings["nfe"] else {}))),
     "cat": Objective(cat_G, cat_D, alternate, alarm=0.05, kind=model.ScaleDiscriminator,
                      generator=lambda settings: dict(stages=settings["stages"]),
-                     defaults=dict(beta1=0.0, beta2=0.99, label_drop=0.0, decay="constant", lr=4e-4, d_lr=1e-3, gp=0.01),
-                     sampling=lambda settings: dict(steps=1, solver="euler", guidance=1.0)),
+                     defaults=dict(beta1=0.0, beta2=0.99, label_drop=0.0, decay="constant", lr=4e-4, d_lr=1e-3, gp=0.01, align=1.0),
+                     features="D", sampling=lambda settings: dict(steps=1, solver="euler", guidance=1.0)),
     "classifier": Objective(classifier, draws_images=False, generator=lambda settings: dict(classifier=True, predict="v"),
                             defaults=dict(beta2=0.95, weight_decay=0.01, decay="constant", lr=1e-3, time="uniform",
                                           augment=0.4)),

@@ -749,8 +749,21 @@ class FinalLayer(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        return self.linear(self.modulated(x, c))                                                  # (B, N, P P C)
+
+    def modulated(self, x: Tensor, c: Tensor) -> Tensor:
         shift, scale = self.adaLN_modulation(c).chunk(2, -1)
-        return self.linear(modulate(self.norm_final(x), shift, scale))                            # (B, N, P P C)
+        return modulate(self.norm_final(x), shift, scale)
+
+
+def projectors(width: int, features: int) -> nn.ModuleList:
+    """REPA's MLP from tokens to the features of an encoder, one for each encoder, of which we have one. Official names.
+
+    paper: 2048 wide inside; here: 4 times the width where that is less, for small networks.
+    """
+    inside = min(2048, 4 * width)
+    return nn.ModuleList([nn.Sequential(nn.Linear(width, inside), nn.SiLU(), nn.Linear(inside, inside), nn.SiLU(),
+                                        nn.Linear(inside, features))])
 
 
 class DiT(nn.Module):
@@ -764,7 +777,8 @@ class DiT(nn.Module):
     the length t - r of a jump to r). time_scale: times are multiplied by it (1000: AFM's official files). repeats: the
     stack of blocks is run that often, see `passes`. shifts: see `Shifts`. guided: whether the network is told a guidance
     scale. head: so many of the last blocks, and the last layer, are there twice; the second way ends in the velocity at t
-    and is run in training only (both: iMF, arXiv:2512.02012).
+    and is run in training only (both: iMF, arXiv:2512.02012). features: the width of a frozen encoder's, which a projector makes of
+    the tokens after `align` blocks (0: a third of them, 8 at most, which is REPA's choice for all sizes); see `projected`.
     A fresh network returns exactly 0 from its last layer, and each of its blocks is the identity (adaLN-zero).
     """
 
@@ -773,7 +787,8 @@ class DiT(nn.Module):
                  learn_sigma: bool = False, predict: str = "v", t_min: float = 0.05, norm: str = "layer",
                  times: int = 1, time_scale: float = 1.0, repeats: int = 0, shifts: bool = False, guided: bool = False,
                  head: int = 0, bottleneck: int = 0, rope: bool = False, qk_norm: bool = False, swiglu: bool = False,
-                 context: int = 0, context_start: int = 0, linear: bool = False, experts: int = 0):
+                 context: int = 0, context_start: int = 0, linear: bool = False, experts: int = 0, features: int = 0,
+                 align: int = 0):
         self.config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         super().__init__()
         if input_size % patch:
@@ -796,6 +811,8 @@ class DiT(nn.Module):
                              f"as a repeated stack tells its passes apart by the time embedding")
         if not 0 <= head <= depth or head and repeats:
             raise ValueError(f"a velocity head of {head} blocks: expected 0 to {depth} (the blocks), and none with repeats")
+        if not 0 <= align <= depth - head:
+            raise ValueError(f"tokens after {align} blocks to align: expected 1 to {depth - head}, or 0 for a third of them")
         self.patch, self.channels, self.out_channels = patch, channels, channels * (1 + learn_sigma)
         self.num_classes, self.null_class, self.predict, self.t_min = num_classes, null_class, predict, t_min
         self.shape = (channels, input_size, input_size)
@@ -803,6 +820,7 @@ class DiT(nn.Module):
         self.recompute = False  # keep only what enters each block for the backward pass, and compute the rest again
         self.times, self.time_scale, self.repeats = times, time_scale, repeats
         self.guided, self.head = guided, head
+        self.align, self.tokens = (align or min(8, max(1, depth // 3))) if features else 0, None
         self.x_embedder = (BottleneckEmbed(channels, patch, width, bottleneck) if bottleneck else
                            PatchEmbed(channels, patch, width))
         if times or repeats:
@@ -826,7 +844,11 @@ class DiT(nn.Module):
         if head:
             self.head_blocks = nn.ModuleList(Block(width, heads, **kind) for _ in range(head))
             self.head_layer = FinalLayer(width, patch, self.out_channels, norm)
+        if features:
+            self.projectors = projectors(width, features)
         self.initialise()
+
+    state = property(lambda self: self.shape, doc="Shape of what the flow moves: the image.")
 
     def initialise(self) -> None:
         """DiT's initial weights: Xavier, N(0, 0.02) for the embeddings of t and y, zeros where adaLN-zero wants them."""
@@ -890,17 +912,30 @@ class DiT(nn.Module):
         """
         with torch.autocast(x.device.type, self.amp) if self.amp else contextlib.nullcontext():
             c = self.condition(t, y, r, w)                                                        # (B, W)
-            x = self.x_embedder(x) + self.pos_embed                                               # (B, N, W)
+            x = self.embed(x) + self.pos_embed                                                    # (B, N, W)
             blocks = list(self.blocks)
             trunk, rest = blocks[:len(blocks) - self.head], blocks[len(blocks) - self.head:]
             for own in self.passes(c):
                 x = second = self.through(trunk, x, own, y)
                 x = self.through(rest, x, own, y)
-            out = self.final_layer(x[:, self.context:], c)
+            out = self.drawn(self.final_layer, x, c)
             if head:
-                second = self.through(self.head_blocks, second, c, y)
-                out = torch.cat([out, self.head_layer(second[:, self.context:], c)])
-            return self.unpatchify(out)
+                out = torch.cat([out, self.drawn(self.head_layer, self.through(self.head_blocks, second, c, y), c)])
+            return out
+
+    def embed(self, x: Tensor) -> Tensor:
+        """The tokens (B, N, W) of x, without their positions."""
+        return self.x_embedder(x)
+
+    def drawn(self, layer: FinalLayer, x: Tensor, c: Tensor) -> Tensor:
+        """What a last layer makes of the tokens x (B, N, W)."""
+        return self.unpatchify(layer(x[:, self.context:], c))
+
+    def projected(self) -> Tensor:
+        """The tokens of the last call in training mode, after block `align`, as the encoder's features (B, N, F)."""
+        with torch.autocast(self.tokens.device.type, self.amp) if self.amp else contextlib.nullcontext():
+            out = self.projectors[0](self.tokens)
+        return out.to(torch.promote_types(out.dtype, torch.float32))
 
     def through(self, blocks, x: Tensor, c: Tensor, y: Tensor) -> Tensor:
         """Tokens x (B, N, W) through the blocks; at block `context_start` tokens of the class join in front of them."""
@@ -911,12 +946,14 @@ class DiT(nn.Module):
                 x = checkpoint(_with_body, _body, block, x, c, self.rope, use_reentrant=False)
             else:
                 x = block(x, c, self.rope)
+            if self.align and self.training and block is self.blocks[self.align - 1]:
+                self.tokens = x[:, -self.pos_embed.shape[1]:]  # without those of the class
         return x
 
     def read(self, token: Tensor, x: Tensor, c: Tensor, y: Tensor | None = None) -> Tensor:
-        """A token (W,) put in front of the tokens x (B, N, W), as it leaves the last block: (B, W)."""
-        x = torch.cat([token.expand(len(x), 1, -1).to(x.dtype), x], 1)                           # (B, 1 + N, W)
-        return self.through(self.blocks, x, c, y)[:, 0]
+        """A token (W,) in front of the tokens x (B, N, W), all as they leave the last block: (B, 1 + N, W)."""
+        x = torch.cat([token.expand(len(x), 1, -1).to(x.dtype), x], 1)
+        return self.through(self.blocks, x, c, y)
 
     def forward(self, x_t: Tensor, t: Tensor, y: Tensor, r: Tensor | None = None, w: Tensor | None = None,
                 head: bool = False) -> Tensor | tuple[Tensor, Tensor]:
@@ -934,7 +971,8 @@ class DiT(nn.Module):
     def _velocity(self, x_t: Tensor, t: Tensor, y: Tensor, r: Tensor | None = None, w: Tensor | None = None,
                   head: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         """What the last layer gives, and with `head` the head's, as velocities."""
-        out = self.raw(x_t, t, y, r, w, head)[:, :self.channels]
+        out = self.raw(x_t, t, y, r, w, head)
+        out = out[:, :self.channels] if self.out_channels > self.channels else out
         out = out.to(torch.promote_types(out.dtype, torch.float32))
         if head:
             x_t, t = torch.cat([x_t, x_t]), torch.cat([t, t])
@@ -970,6 +1008,42 @@ def vp_step(t: Tensor) -> Tensor:
     return torch.from_numpy(np.interp(own, log_ratio, np.arange(1000.0))).to(t)
 
 
+class TokenDiT(DiT):
+    """REG's network (arXiv:2507.01467): an image and its token of `token` numbers, by a frozen encoder, denoised together.
+
+    A state is the numbers of the image and then those of the token, (B, C h w + token), so that noise, solvers and
+    guidance treat both alike. Inside, the token stands before those of the image, without a position. Official names.
+    """
+
+    def __init__(self, token: int = 768, **config):
+        super().__init__(**config)
+        self.config |= dict(token=token)
+        if self.context or self.shifts or self.config["linear"] or self.out_channels > self.channels or self.predict == "eps":
+            raise ValueError("a network that denoises a token as well is SiT's: without context, linear, shifts, learn_sigma "
+                             "and noise prediction")
+        width = self.config["width"]
+        self.cls_projectors2, self.wg_norm = nn.Linear(token, width), nn.LayerNorm(width, eps=1e-6)
+        nn.init.xavier_uniform_(self.cls_projectors2.weight)
+        nn.init.zeros_(self.cls_projectors2.bias)
+        for layer in (m for m in self.modules() if isinstance(m, FinalLayer)):
+            layer.linear_cls = nn.Linear(width, token)
+            nn.init.zeros_(layer.linear_cls.weight)
+            nn.init.zeros_(layer.linear_cls.bias)
+        self.pos_embed = nn.Parameter(F.pad(self.pos_embed, (0, 0, 1, 0)), requires_grad=False)   # (1, 1 + N, W)
+
+    state = property(lambda self: (math.prod(self.shape) + self.config["token"],))
+
+    def embed(self, x: Tensor) -> Tensor:
+        image, token = x[:, :math.prod(self.shape)], x[:, math.prod(self.shape):]
+        token = self.wg_norm(self.cls_projectors2(token))[:, None]
+        return torch.cat([token, self.x_embedder(image.unflatten(1, self.shape))], 1)             # (B, 1 + N, W)
+
+    def drawn(self, layer: FinalLayer, x: Tensor, c: Tensor) -> Tensor:
+        x = layer.modulated(x, c)
+        image = self.unpatchify(layer.linear(x[:, 1:]))
+        return torch.cat([image.flatten(1), layer.linear_cls(x[:, 0])], 1)
+
+
 class Discriminator(DiT):
     """A number D(x_t, t, y) for each sample: the transformer with one more token in front, read out of that token.
 
@@ -993,8 +1067,8 @@ class Discriminator(DiT):
         with torch.autocast(x_t.device.type, self.amp) if self.amp else contextlib.nullcontext():
             x = self.x_embedder(x_t) + self.pos_embed                                             # (B, N, W)
             c = self.condition(t, y)                                                              # (B, W)
-            token = self.through(self.blocks, x, c, y)[:, 0] if self.context else self.read(self.dis_embed, x, c)
-            out = self.final_layer(token)[:, 0]                                                   # (B,)
+            x = self.through(self.blocks, x, c, y) if self.context else self.read(self.dis_embed, x, c)
+            out = self.final_layer(x[:, 0])[:, 0]                                                 # (B,)
         return out.to(torch.promote_types(out.dtype, torch.float32))
 
 
@@ -1016,7 +1090,7 @@ class Classifier(DiT):
         """x_t (B, C, h, w), t (B,) in [0, 1] -> logits (B, num_classes), float32 or wider."""
         with torch.autocast(x_t.device.type, self.amp) if self.amp else contextlib.nullcontext():
             x = self.x_embedder(x_t) + self.pos_embed                                             # (B, N, W)
-            out = self.final_layer(self.read(self.cls_embed, x, self.t_embedder(self.time_scale * t)))
+            out = self.final_layer(self.read(self.cls_embed, x, self.t_embedder(self.time_scale * t))[:, 0])
         return out.to(torch.promote_types(out.dtype, torch.float32))
 
 
@@ -1092,7 +1166,9 @@ class ScaleDiscriminator(DiT):
     that is read out. No token sees another scale, as that hurts: the same network once a scale is exactly the
     block-diagonal attention mask over all of them. GAT: the class enters by a projection in the head; here: by adaLN, as in
     `Discriminator`, because the blocks have it, and a patch embedding a tenth as large, as its random part is what gives
-    the generator's images grain. `predict`, `t_min`, `learn_sigma` and `latent` mean nothing here.
+    the generator's images grain. With `features` the tokens of the finest scale, as they leave the last block, are
+    projected to those of a frozen encoder, its token of the whole image first. `predict`, `t_min`, `learn_sigma` and
+    `latent` mean nothing here.
     """
 
     def __init__(self, stages: int = 3, latent: int = 0, **config):
@@ -1108,6 +1184,7 @@ class ScaleDiscriminator(DiT):
         self.scale_embed, self.dis_embed = (nn.Parameter(0.02 * torch.randn(stages, width)) for _ in range(2))
         self.norm = RMSNorm()
         self.final_layer = nn.Sequential(normalisation(self.config["norm"], width), nn.Linear(width, 1, bias=False))
+        self.align = 0  # forward keeps the tokens itself
         wake(*self.blocks)
         shrink(self.x_embedder.proj)
 
@@ -1117,8 +1194,9 @@ class ScaleDiscriminator(DiT):
         with torch.autocast(y.device.type, self.amp) if self.amp else contextlib.nullcontext():
             c = self.norm(self.y_embedder(y))                                                     # (B, W)
             for x, position, scale, token in zip(images, positions, self.scale_embed, self.dis_embed, strict=True):
-                x = self.x_embedder(x) + position + scale                                         # (B, N / 4^k, W)
-                outs.append(self.final_layer(self.read(token, x, c)))
+                x = self.read(token, self.x_embedder(x) + position + scale, c)                    # (B, 1 + N / 4^k, W)
+                self.tokens = self.tokens if outs else x
+                outs.append(self.final_layer(x[:, 0]))
         out = torch.cat(outs, 1)                                                                  # (B, K)
         return out.to(torch.promote_types(out.dtype, torch.float32))
 
@@ -1274,7 +1352,7 @@ ZOO |= {f"JiT-{size}/{patch}": JIT | dict(input_size=16 * patch, patch=patch, wi
 def create(name: str, **options) -> DiT:
     """A fresh network of the zoo; `options` override its entries (input_size, channels, num_classes, predict, ...).
 
-    With `stages` among them it is a StagedDiT, with `classifier` a Classifier.
+    With `stages` among them it is a StagedDiT, with `classifier` a Classifier, with `token` a TokenDiT.
     """
     if name not in ZOO:
         raise ValueError(f"no model {name!r}: choose one of {', '.join(ZOO)}")
@@ -1282,13 +1360,14 @@ def create(name: str, **options) -> DiT:
 
 
 def from_config(config: dict) -> DiT:
-    return (StagedDiT if "stages" in config else Classifier if "classifier" in config else DiT)(**config)
+    kinds = {"stages": StagedDiT, "classifier": Classifier, "token": TokenDiT}
+    return next((kind for key, kind in kinds.items() if key in config), DiT)(**config)
 
 
 def multiply_adds(net: DiT) -> int:
     """Multiply-adds of one forward pass of one image: what the DiT and SiT papers call flops. Runs on the meta device."""
     from torch.utils.flop_counter import FlopCounterMode
-    x, t = torch.empty(1, *net.shape, device="meta"), torch.empty(1, device="meta")
+    x, t = torch.empty(1, *net.state, device="meta"), torch.empty(1, device="meta")
     y = torch.zeros(1, dtype=torch.int64, device="meta")
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         net.to("meta").raw(x, t, y)
@@ -1404,6 +1483,8 @@ def kind_of(path, kind: str = "", weights: dict | tuple = ()) -> str:
     """Which official code an official file is of: jit, or dit, sit or afm (whose own names say nfe, as in xl2_2nfe_...)."""
     if "x_embedder.proj1.weight" in weights:
         return "jit"
+    if "cls_projectors2.weight" in weights:
+        return "sit"
     name = os.path.basename(path).lower()
     told = {kind} if kind else set(re.findall(r"(?<![a-z])(dit|sit|afm)(?![a-z])", name.replace("nfe", "-afm-")))
     if told not in ({"dit"}, {"sit"}, {"afm"}):
@@ -1423,11 +1504,13 @@ def official_config(weights: dict, path, kind: str = "", heads: int = 0) -> dict
                          f"({', '.join(map(str, HEADS))}); give model.load heads=")
     out_channels = len(weights["final_layer.linear.weight"]) // patch ** 2
     depth = 1 + max(int(k.split(".")[1]) for k in weights if k.startswith("blocks."))
+    reg = "cls_projectors2.weight" in weights  # of a token beside those of the image
     config = dict(input_size=math.isqrt(weights["pos_embed"].shape[1]) * patch, patch=patch, channels=channels,
                   width=width, depth=depth, heads=heads or HEADS[width], null_class=kind != "afm",
                   mlp_ratio=len(weights["blocks.0.mlp.fc1.weight"]) / width,
                   num_classes=len(weights["y_embedder.embedding_table.weight"]) - (kind != "afm"),
                   learn_sigma=out_channels == 2 * channels, predict="eps" if kind == "dit" else "v")
+    config |= dict(token=weights["cls_projectors2.weight"].shape[1]) if reg else {}
     return config | _afm_config(weights, path, depth) if kind == "afm" else config
 
 
@@ -1457,12 +1540,13 @@ def tell_times(given: DiT, net: DiT) -> dict:
     Without a time the function is the one at t = 1: the embedding of that moves into the label table. With two it is the
     same whatever r: jump_embedder starts with net's own weights, whose output is zero, and so does guide_embedder. A
     velocity head starts as a copy of the last blocks. Linear attention inherits everything but attention (LiT), and experts
-    everything but the MLPs.
+    everything but the MLPs. Projectors are left behind, or start afresh.
     """
     weights, own = given.state_dict(), net.state_dict()
-    for name, part in (("linear", ".attn."), ("experts", ".mlp.")):
-        if net.config[name] and not given.config.get(name):
-            weights = {k: v for k, v in weights.items() if part not in k} | {k: v for k, v in own.items() if part in k}
+    fresh = [part for name, part in (("linear", ".attn."), ("experts", ".mlp.")) if net.config[name] and not given.config[name]]
+    fresh += ["projectors."] if net.config["features"] != given.config["features"] else []
+    for part in fresh:
+        weights = {k: v for k, v in weights.items() if part not in k} | {k: v for k, v in own.items() if part in k}
     if given.times and not net.times and not net.repeats:
         weights = {k: v for k, v in weights.items() if not k.startswith("t_embedder.")}
         with torch.no_grad():

@@ -51,6 +51,8 @@ def guided(net, guidance: float = 1.0, interval: tuple[float, float] = (0.0, 1.0
     low, high = interval
     if not 0 <= low <= high <= 1:
         raise ValueError(f"guidance interval {interval}: expected 0 <= low <= high <= 1, where 1 is noise")
+    if channels and len(getattr(net, "state", "CHW")) == 1:
+        raise ValueError(f"channels {channels}: this network moves a token with the image, and both are guided: leave it at 0")
     told = getattr(net, "guided", False)
     if told and (guidance < 1 or reference is not None):
         raise ValueError(f"guidance {guidance:g}: this network is told a guidance scale of at least 1, and takes no reference")
@@ -184,11 +186,11 @@ class Stitched(nn.Module):
 
     def __init__(self, large: nn.Module, small: nn.Module, share: float):
         super().__init__()
-        if small.shape != large.shape or small.num_classes != large.num_classes or not 0 <= share <= 1:
-            raise ValueError(f"--stitch: networks of {small.shape} with {small.num_classes} classes and of {large.shape} with "
+        if small.state != large.state or small.num_classes != large.num_classes or not 0 <= share <= 1:
+            raise ValueError(f"--stitch: networks of {small.state} with {small.num_classes} classes and of {large.state} with "
                              f"{large.num_classes}, share {share}: expected the same data, and a share in [0, 1]")
         self.large, self.small, self.share = large, small, share
-        self.shape, self.num_classes = large.shape, large.num_classes
+        self.shape, self.state, self.num_classes = large.shape, large.state, large.num_classes
         self.null_class, self.guided = large.null_class and small.null_class, False
 
     def forward(self, x_t: Tensor, t: Tensor, y: Tensor, r: Tensor | None = None) -> Tensor:
@@ -287,7 +289,7 @@ def generate(net, labels: Tensor, seed: int, batch: int = 250, progress: str = "
     composition whatever the number of processes, and noise is drawn on the CPU: the images do not depend on the machine
     beyond its arithmetic.
     """
-    shape, device = net.shape, next(net.parameters()).device
+    shape, device = net.state, next(net.parameters()).device
     image_shape(net, codec)  # or an error
     starts = range(data.rank() * batch, len(labels), data.world() * batch)
     with tqdm(total=len(labels), desc=progress, unit="img", disable=not progress or data.rank() > 0) as bar:
@@ -305,7 +307,9 @@ def generate(net, labels: Tensor, seed: int, batch: int = 250, progress: str = "
 
 
 def _make(net, draws: data.Draws, device, options: dict, e: Tensor, y: Tensor) -> Tensor:
-    return sample(net, e.to(device), y, draws=draws, **options)
+    """Images or latents from noise; a token that was denoised with them (see `model.TokenDiT`) is left out."""
+    x = sample(net, e.to(device), y, draws=draws, **options)
+    return x.flatten(1)[:, :math.prod(net.shape)].unflatten(1, net.shape)
 
 
 def image_shape(net, codec: data.VAE | None = None) -> tuple[int, int, int]:

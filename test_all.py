@@ -7,6 +7,7 @@ and flow map are known), from golden numbers computed with the official model de
 two ways. Tolerances: float64 identities 1e-9 and better, float32 against another float32 program 1e-5 of the rms.
 """
 import argparse
+import contextlib
 import dataclasses
 import functools
 import gzip
@@ -95,6 +96,17 @@ def tiny(cls=None, **options):
 
 SMALL_SET = Path(tempfile.mkdtemp()) / "glyphs.npz"  # 200 glyphs: read at once, where drawing all 20,000 takes seconds
 np.savez(SMALL_SET, **dict(zip(("images", "labels"), (part.numpy() for part in data.glyphs(200)))))
+
+SMALL_ENCODER = f"{SMALL_SET.with_name('encoder.py')}:patches"  # 16 patches and the image, 12 random features of their colours
+SMALL_SET.with_name("encoder.py").write_text("""
+import torch
+def patches(images):
+    colours = torch.nn.functional.adaptive_avg_pool2d(images, 4).flatten(2).transpose(1, 2)
+    colours = torch.cat([colours.mean(1, keepdim=True), colours], 1)
+    return torch.sin(colours @ (7 * torch.randn(3, 12, generator=torch.Generator().manual_seed(0)).to(images)))
+def image(images):
+    return images
+""")
 
 
 def tiny_run(out, **options) -> train.Config:
@@ -518,6 +530,39 @@ def test_data_encode(tmp_path, capsys):
     raises(lambda: data.dataset(str(tmp_path / "out"), 64), "encoded at --size 32, not 64")
     (tmp_path / "out/manifest.json").write_text("{}")
     raises(lambda: data.dataset(str(tmp_path / "out"), 32), "manifest.json")
+
+
+@torch.no_grad()
+def test_data_encode_features(tmp_path):
+    """A frozen encoder's features stand beside the latents, of both sides of an image, and are found for the images that
+    `stream` hands out; a file without them, or another encoder, is not the same set; a wrong encoder is refused."""
+    torch.manual_seed(0)
+    torch.save(data.VAE((32, 32, 32, 32)).state_dict(), tmp_path / "vae.bin")
+    images, labels = data.glyphs(11)
+    np.savez(tmp_path / "set.npz", images=images.numpy(), labels=labels.numpy())
+    flags = ["encode", str(tmp_path / "set.npz"), str(tmp_path / "out"), "--vae", str(tmp_path / "vae.bin"), "--encoder", SMALL_ENCODER,
+             *"--size 32 --batch 3 --shard 4 --workers 0 --device cpu".split()]
+    data.main(flags)
+    encoder, ds = data.Encoder(SMALL_ENCODER, 32), data.dataset(str(tmp_path / "out"))
+    assert encoder.shape == (17, 12) and [f.shape for f in ds.features] == [(4, 2, 17, 12), (4, 2, 17, 12), (3, 2, 17, 12)]
+    x = data.to_float(images)
+    for mirror in (True, False):
+        positions, found = list(range(40, 70)), data.StoredFeatures(ds, mirror)
+        (items, *_), = data.stream(ds, [positions], 3, mirror)
+        z = found(torch.zeros(1), data.Draws(3, positions))
+        assert z.shape == (30, 17, 12) and found.shape == encoder.shape
+        sides = [items[k].equal(ds.item(i)[0][1]) for k, i in enumerate(data.index_at(11, p, 3) for p in positions)]
+        want = torch.stack([x[data.index_at(11, p, 3)].flip(2) if side else x[data.index_at(11, p, 3)] for p, side in zip(positions, sides)])
+        assert any(sides) == mirror and (z - encoder(want)).abs().max() < 1e-3
+    raises(lambda: data.main([*flags, "--encoder", ""]), "begun with encoder")
+    (tmp_path / "out/moments_00001.npy").unlink()
+    before = (tmp_path / "out/features_00000.npy").stat().st_mtime_ns
+    data.main(flags)
+    assert len(data.dataset(str(tmp_path / "out"))) == 11 and (tmp_path / "out/features_00000.npy").stat().st_mtime_ns == before
+    assert not list((tmp_path / "out").glob("*.tmp*"))
+    raises(lambda: data.Encoder("none.py:patches", 32), "FILE.py:NAME")
+    raises(lambda: data.Encoder(SMALL_ENCODER + "s", 32), "no function patchess")
+    raises(lambda: data.Encoder(SMALL_ENCODER.replace(":patches", ":image"), 32), "(1, 3, 32, 32) for 1 images", "1 + patches")
 
 
 def test_data_run_alone_writes_a_grid(tmp_path):
@@ -1728,6 +1773,132 @@ def test_losses_curriculum():
 def bank_of(points):
     """As data.Bank, but all other points in their order: x must be first of them all."""
     return lambda y, draws, n: points[1:1 + n].expand(len(y), -1, -1)
+
+
+class GivenDraws:
+    """The interface of data.Draws that hands out the given time and noise, and drops no label."""
+
+    def __init__(self, t, e):
+        self.t, self.e, self.positions = t, e, range(len(t))
+
+    def uniform(self, purpose, shape=()):
+        return self.t if purpose == "time" else torch.ones(len(self.t), *shape)
+
+    def normal(self, purpose, shape):
+        return self.e.view(-1, *shape)
+
+
+GOLDEN_ALIGNED = {  # sihyun-yu/REPA and Martinser/REG: loss.py and models/sit.py on formula weights, see golden.md
+    "repa": dict(flow=3.990921021, misalignment=1 - .006919500, total=3.987461329 + .5, gradient=47.61169815),
+    "reg": dict(flow=5.125148773, misalignment=1 - .002895074, token=2.634660959, total=5.202741146 + .5, gradient=55.59218216)}
+
+
+@pytest.mark.parametrize("loss", GOLDEN_ALIGNED)
+def test_losses_golden_repa_and_reg(tmp_path, loss):
+    """The official losses and gradient norms on formula weights; the official file loads: projectors are left behind, REG's
+    is known by its token and moves image and token."""
+    size = dict(input_size=8, patch=2, channels=4, width=48, depth=2, heads=4, num_classes=10)
+    net = (model.TokenDiT if loss == "reg" else model.DiT)(**size, **dict(token=24) if loss == "reg" else {}, features=24, align=1)
+    own = net.state_dict()
+    weights = own | golden_weights({k: v.shape for k, v in own.items() if k != "pos_embed"})
+    net.load_state_dict(weights)
+    x, e, t, y = wave((2, 4, 8, 8), .37), wave((2, 4, 8, 8), .53, 1.0), torch.tensor([.2, .7]), torch.tensor([1, 10])
+    z = wave((2, 17, 24), .71)
+    e = torch.cat([e.flatten(1), wave((2, 24), .29, .5)], 1) if loss == "reg" else e
+    cfg = train.Config(loss=loss, time="uniform")
+    total, logs = getattr(losses, loss)(net, x, y, GivenDraws(t, e), cfg, lambda x, draws: z)
+    total.backward()
+    norm = torch.stack([p.grad.square().sum() for p in net.parameters() if p.grad is not None]).sum().sqrt()
+    for name, value in ({"total": total, "gradient": norm} | logs).items():
+        assert abs(value.item() / GOLDEN_ALIGNED[loss][name] - 1) < 2e-6, (name, value)
+    name = tmp_path / ("last.pt" if loss == "reg" else "last-SiT.pt")                                # REG's files are known by it
+    torch.save({"ema": weights, "model": weights}, name)
+    loaded = model.load(name, heads=4)
+    assert not hasattr(loaded, "projectors") and type(loaded) is type(net)
+    state = torch.cat([x.flatten(1), z[:, 0]], 1) if loss == "reg" else x
+    with torch.no_grad():
+        assert (loaded(state, t, y) - net(state, t, y)).abs().max() < 1e-5
+
+
+def test_losses_alignment_facts():
+    """Identical features, or any positive multiple, are not apart; opposite ones are by 2; no gradient for the encoder; with
+    align = 0 repa has fm's gradient bit for bit, and the alignment's goes to the first blocks and the projector alone."""
+    torch.manual_seed(0)
+    z = torch.randn(4, 16, 12)
+    assert losses.misalignment(z, z).abs() < 1e-6 and (losses.misalignment(-z, z) - 2).abs() < 1e-6
+    h = torch.randn(4, 16, 12)
+    scaled = losses.misalignment(h * torch.rand(4, 16, 1), z * 7)
+    close(scaled, losses.misalignment(h, z), 1e-6)
+    raises(lambda: losses.misalignment(h, z[:, 1:]), "(15, 12)", "(16, 12)")
+    net, x, y, draws = tiny(depth=3, features=12, align=2).train(), torch.rand(4, 3, 8, 8), torch.arange(4), data.Draws(0, range(4))
+    frozen = torch.randn(4, 17, 12, requires_grad=True)
+
+    def gradients(loss, **settings):
+        net.zero_grad()
+        extra = [lambda x, draws: frozen.detach()] if loss is losses.repa else []
+        loss(net, x, y, draws, train.Config(**settings), *extra)[0].backward()
+        return {k: p.grad for k, p in net.named_parameters() if p.grad is not None}
+
+    plain, unaligned = gradients(losses.fm), gradients(losses.repa, align=0.0)
+    assert all(torch.equal(v, plain[k]) for k, v in unaligned.items() if not k.startswith("projectors."))
+    assert all((unaligned[k] == 0).all() for k in unaligned.keys() - plain.keys()) and len(unaligned.keys() - plain.keys()) == 6
+    net.zero_grad()
+    net(x, torch.rand(4), y)
+    losses.misalignment(net.projected(), frozen[:, 1:].detach()).backward()
+    moved = {k for k, p in net.named_parameters() if p.grad is not None and (p.grad != 0).any()}
+    assert {k.split(".")[0] for k in moved} == {"x_embedder", "t_embedder", "y_embedder", "blocks", "projectors"}
+    assert {k.split(".")[1] for k in moved if k.startswith("blocks")} == {"0", "1"}
+    assert not data.Encoder(SMALL_ENCODER, 32)(torch.rand(2, 3, 32, 32, requires_grad=True)).requires_grad
+    assert [model.DiT(depth=d, width=8, heads=1, features=1).align for d in (12, 24, 28)] == [4, 8, 8]   # REPA's B, L, XL
+    raises(lambda: model.DiT(depth=2, features=1, align=3), "after 3 blocks", "1 to 2")
+
+
+@torch.no_grad()
+def test_losses_reg_moves_image_and_token():
+    """REG's solver state is the image and the token: an exact network brings both home, and only the image is drawn; with
+    JiT's context tokens the aligned ones are those of patches."""
+    net = tiny(model.TokenDiT, token=5)
+    assert net.state == (3 * 64 + 5,) and net.shape == (3, 8, 8) and net.pos_embed[0, 0].eq(0).all() and net.pos_embed.shape[1] == 17
+    labels = torch.arange(3)
+    (_, made), = sample.generate(net, labels, 0, steps=2)
+    e = data.Draws(0, range(3)).normal("sample noise", net.state)
+    x = sample.sample(net, e, labels, 2)
+    assert made.equal(data.to_uint8(x[:, :192].view(3, 3, 8, 8)))
+    changed = torch.cat([e[:, :192], e[:, 192:] + 1], 1)
+    assert (sample.sample(net, changed, labels, 2)[:, :192] - x[:, :192]).abs().max() > 1e-3        # the token is seen
+    raises(lambda: sample.guided(net, 1.5, channels=3), "channels 3")
+    raises(lambda: tiny(model.TokenDiT, token=5, shifts=True), "without context")
+    jit = tiny(context=2, context_start=0, features=4, align=2).train()
+    jit(torch.rand(2, 3, 8, 8), torch.rand(2), labels[:2])
+    assert jit.projected().shape == (2, 16, 4)
+    jit.eval().tokens = None
+    jit(torch.rand(2, 3, 8, 8), torch.rand(2), labels[:2])
+    assert jit.tokens is None                                                                       # nothing kept when sampling
+
+
+def test_losses_cat_aligns_its_discriminator():
+    """D's tokens of real images at the finest scale are aligned with what the encoder says of what D sees of them."""
+    G = tiny(model.StagedDiT, stages=2, latent=4)
+    D = model.ScaleDiscriminator(**G.config | dict(features=12, stages=2)).train()
+    x, y, draws, seen = torch.rand(4, 3, 8, 8), torch.arange(4), data.Draws(0, range(4)), []
+    z = torch.randn(4, 17, 12)
+    cfg = train.Config(loss="cat", align=2.0, augment=1.0, batch=4)
+
+    def features(images, draws):
+        seen.append(images)
+        return z
+
+    loss, logs = losses.cat_D(D, x, y, draws, cfg, G, features)
+    without, _ = losses.cat_D(D, x, y, draws, cfg, G)
+    close(loss - without, 2 * logs["misalignment"], 1e-5)
+    real = losses.pyramid(x.expand(2, *x.shape), draws, cfg)
+    assert seen[0].equal(real[0]) and not seen[0].equal(x)
+    D(real, y)
+    tokens = D.tokens
+    close(logs["misalignment"], losses.misalignment(D.projectors[0](tokens), z), 1e-6)
+    assert tokens.shape == (4, 17, 32)
+    D([real[0], real[1] + 1], y)
+    close(D.tokens, tokens, 0)                                                                      # the finest scale alone
 
 
 def test_losses_pafm_target():
@@ -3774,7 +3945,8 @@ ROLE_SETTINGS = {"fm": {}, "meanflow": dict(jumps=0.5, omega=0.8, kappa=0.4, tim
                  "shortcut": dict(jumps=0.5, time="uniform", omega=2.0), "ect": {}, "scm": {},
                  "cafm": dict(d_steps=2, d_warmup=1), "afm": dict(ot=0.1, ot_end=0.1, beta1=0.0),
                  "cat": dict(augment=0.5, beta1=0.0, lr=1e-3), "classifier": dict(augment=0.4),
-                 "pafm": dict(candidates=3, bank=8), "carflow": {}}  # all roles soon
+                 "pafm": dict(candidates=3, bank=8), "carflow": {}, "repa": dict(encoder=SMALL_ENCODER),
+                 "reg": dict(encoder=SMALL_ENCODER)}  # all roles soon
 
 
 @pytest.mark.parametrize("loss, accumulation", [("fm", 1), ("fm", 2), ("meanflow", 2), ("cafm", 1), ("cafm", 2), ("afm", 1), ("cat", 2)])
@@ -3831,7 +4003,7 @@ def test_train_sigterm_saves_and_resumes_bitwise(tmp_path):
 
 
 SPLITS = {"fm": ((1, 4), (2, 1), (2, 2)), "afm": ((2, 1),)}  # afm refuses accumulation
-SPLITS |= dict.fromkeys(("imf", "soflow", "shortcut", "ect", "scm"), ((2, 1),))  # quicker, and meanflow does both
+SPLITS |= dict.fromkeys(("imf", "soflow", "shortcut", "ect", "scm", "repa", "reg"), ((2, 1),))  # quicker, and meanflow does both
 SEVERAL = """
 import sys, torch
 sys.path.insert(0, {here!r})
@@ -3842,14 +4014,23 @@ for loss in {names!r}:
 """
 
 
-def float64_run(folder, loss, processes, accumulation) -> None:
-    """The run NAME/PROCESSESxACCUMULATION in the folder: float64, AdamW, EMA and clipping, 12 steps of all networks or 5."""
+@contextlib.contextmanager
+def small_and_exact():
+    """glyph-S of a third of the size, in float64."""
     torch.set_default_dtype(torch.float64)
     try:
-        train.train(tiny_run(Path(folder) / loss / f"{processes}x{accumulation}", data=str(Path(folder) / "glyphs.npz"),
-                             steps=12 if losses.LOSSES[loss].D or loss == "fm" else 5, loss=loss, accumulation=accumulation, **ROLE_SETTINGS[loss]))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(model.ZOO, "glyph-S", model.ZOO["glyph-S"] | dict(depth=3, width=48))
+            yield
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+def float64_run(folder, loss, processes, accumulation) -> None:
+    """The run NAME/PROCESSESxACCUMULATION in the folder: float64, AdamW, EMA and clipping, 12 steps of all networks or 5."""
+    with small_and_exact():
+        train.train(tiny_run(Path(folder) / loss / f"{processes}x{accumulation}", data=str(Path(folder) / "glyphs.npz"),
+                             steps=12 if losses.LOSSES[loss].D or loss == "fm" else 5, loss=loss, accumulation=accumulation, **ROLE_SETTINGS[loss]))
 
 
 @pytest.fixture(scope="module")
@@ -3886,9 +4067,9 @@ def test_train_two_processes_equal_one(split_runs, loss):
             assert error < 1e-9, (split, error)
         assert abs(log["loss"] - other_log["loss"]) < 1e-6 and abs(log["grad_norm"] - other_log["grad_norm"]) < 1e-5, split
     start, weights = tiny_run("", loss=loss, **ROLE_SETTINGS[loss]), one["networks"]["G"]["weights"]
-    torch.set_default_dtype(torch.float64)
-    fresh = train.build(start, data.dataset(str(SMALL_SET), 32), torch.device("cpu")).state_dict()
-    torch.set_default_dtype(torch.float32)
+    source, device = data.dataset(str(SMALL_SET), 32), torch.device("cpu")
+    with small_and_exact():
+        fresh = train.build(start, source, device, train.load_features(start, source, False, device)).state_dict()
     assert (weights["blocks.0.attn.qkv.weight"] - fresh["blocks.0.attn.qkv.weight"]).abs().max() > 1e-4  # it learned
 
 
@@ -4265,6 +4446,37 @@ def test_train_cafm_on_jit(tmp_path):
     for key, value in ema.items():
         assert key.startswith("final_layer") or (D["weights"][key] - value).abs().max() < 1e-8, key
     assert model.load(tmp_path / "cafm/last.pt").rope is not None
+
+
+def test_train_aligned(tmp_path):
+    """repa, reg and cat with its D aligned train on latents with stored features and on images with an encoder, stop and go on
+    bit for bit, and start from each other; what an encoder is missing for is said."""
+    torch.manual_seed(0)
+    torch.save(data.VAE((32, 32, 32, 32)).state_dict(), tmp_path / "vae.bin")
+    latents = ["encode", str(SMALL_SET), str(tmp_path / "latents"), "--vae", str(tmp_path / "vae.bin"), *"--size 32 --batch 50 --workers 0 --device cpu".split()]
+    data.main([*latents, "--encoder", SMALL_ENCODER])
+    stored = dict(data=str(tmp_path / "latents"), size=0, predict="v", mirror="on")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(model.ZOO, "glyph-S", model.ZOO["glyph-S"] | dict(patch=1, depth=2, width=32))
+        train.train(tiny_run(tmp_path / "plain", steps=2, **stored))
+        for loss in ("repa", "reg"):
+            a, b, options = tmp_path / loss, tmp_path / f"{loss} again", dict(loss=loss, steps=4, log_every=1, **stored)
+            options |= dict(init=str(tmp_path / "plain"), align_block=2) if loss == "repa" else {}
+            train.train(tiny_run(a, **options))
+            train.train(tiny_run(b, **options | dict(steps=2)))
+            train.train(tiny_run(b, resume=True, **options))
+            assert_same_state(a, b)
+            assert all(0 < row["misalignment"] < 2 for row in train.read_log(a / "log.jsonl"))
+        train.train(tiny_run(tmp_path / "after", loss="meanflow", init=str(tmp_path / "repa"), steps=1, **stored))
+        raises(lambda: train.train(tiny_run(tmp_path / "no", loss="repa", encoder=SMALL_ENCODER, **stored)), "holds features", "neither")
+        raises(lambda: train.train(tiny_run(tmp_path / "no", loss="cat", align=1.0, augment=0.5, stages=2, **stored)), "--augment 0.5")
+    assert "projectors.0.0.weight" not in checkpoint(tmp_path / "after")["ema"]
+    assert [checkpoint(tmp_path / loss)["networks"]["G"]["config"]["align"] for loss in ("repa", "reg")] == [2, 0]
+    train.train(tiny_run(tmp_path / "cat", loss="cat", steps=2, log_every=1, align=1.0, encoder=SMALL_ENCODER))
+    assert [("misalignment" in row) for row in train.read_log(tmp_path / "cat/log.jsonl")] == [row["role"] == "D" for row in train.read_log(tmp_path / "cat/log.jsonl")]
+    raises(lambda: train.train(tiny_run(tmp_path / "no", loss="repa")), "--encoder FILE.py:NAME")
+    data.main([*latents[:2], str(tmp_path / "bare"), *latents[3:]])
+    raises(lambda: train.train(tiny_run(tmp_path / "no", loss="reg", **stored | dict(data=str(tmp_path / "bare")))), "data.py encode --encoder")
 
 
 def test_train_experts(tmp_path):

@@ -78,6 +78,10 @@ class Config:
     candidates: int = option(16, "pafm: images that an average is taken over, the sample itself and others of its class")
     bank: int = option(256, "pafm: images of each class that the others are drawn from")
     label_drop: float = option(0.1, "share of labels replaced by the null label, for guidance")
+    encoder: str = option("", "repa, reg, cat: FILE.py:NAME, a frozen image encoder, see README; latents bring their features along")
+    align: float = option(0.5, "repa, reg, and cat's D: weight of the alignment with the encoder's features; cat: where there are any")
+    align_block: int = option(0, "repa, reg: tokens are aligned after so many blocks; 0: a third of them, at most 8")
+    token: float = option(0.03, "reg: weight of the loss of the encoder's token of the whole image")
     d_warmup: int = option(0, "cafm: steps of the discriminator alone before the generator's first")
     d_steps: int = option(4, "cafm: steps of the discriminator for one of the generator")
     route: str = option("reverse", "cafm: derivatives of D by one input gradient, by forward mode (the official code), or "
@@ -161,6 +165,10 @@ PRESETS = {  # --preset NAME: (where its settings were read, the settings)
     "meanflow-xl2": ("MeanFlow, arXiv:2505.13447, and a PyTorch port's README for omega, kappa", LATENTS | dict(
         loss="meanflow", time="logit_normal", time_mean=-0.4, time_std=1.0, beta2=0.95, jumps=0.25, p=1.0, omega=0.2,
         kappa=0.92, guide_until=0.75, steps=1_200_960)),
+    "repa-xl2": ("REPA, arXiv:2410.06940, and its train.py: data.py encode --encoder a DINOv2-B", LATENTS | dict(
+        loss="repa", time="uniform", clip=1.0, align=0.5, align_block=8, mirror="off", steps=4_000_000)),
+    "reg-xl2": ("REG, arXiv:2507.01467, and its train.sh: data.py encode --encoder a DINOv2-B", LATENTS | dict(
+        loss="reg", time="uniform", clip=1.0, align=0.5, align_block=8, token=0.03, mirror="off", steps=4_000_000)),
     "soflow-xl2": ("SoFlow, arXiv:2512.15657, and its train.py", LATENTS | dict(
         loss="soflow", time="logit_normal", time_mean=-0.2, time_std=1.0, beta2=0.99, jumps=0.25, p=1.0, steps=1_200_960)),
 }
@@ -365,7 +373,7 @@ def resume(path: Path, cfg: Config, nets: dict, opts: dict, ema: nn.Module) -> t
     for name, old in content["config"].items():
         new = getattr(cfg, name, None)
         if new != old and name not in ("resume", "out"):
-            if name in ("loss", "model", "predict", "data", "size", "nfe", "repeats", "stages", "head"):
+            if name in ("loss", "model", "predict", "data", "size", "nfe", "repeats", "stages", "head", "align_block"):
                 raise ValueError(f"{path}: was trained with --{name} {old}, not {new}: resume with --{name} {old}, or "
                                  f"start a new run from its weights with --init {path} --out FOLDER")
             fid.note(f"resuming with --{name} {new} (was {old})")
@@ -538,10 +546,34 @@ def monitor(ema: nn.Module, cfg: Config, against: dict, step: int, path: Path, c
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def build(cfg: Config, source, device: torch.device) -> model.DiT:
-    """The network for this data, freshly initialised or from --init."""
+def load_features(cfg: Config, source, mirror: bool, device: torch.device):
+    """What tokens are aligned with, (x, draws) -> (B, 1 + N, F) and its `shape`; None where nothing is."""
+    role, stored = losses.LOSSES[cfg.loss].features, getattr(source, "features", None)
+    if not role or role == "D" and not (cfg.align and (cfg.encoder or stored)):
+        return None
+    if stored and (cfg.encoder or role == "D" and cfg.augment):
+        raise ValueError(f"--encoder {cfg.encoder or '(none)'} --augment {cfg.augment}: {cfg.data} holds features of its images as they "
+                         f"are; use neither, or --align 0")
+    if stored:
+        return data.StoredFeatures(source, mirror)
+    if not cfg.encoder or source.shape[0] != 3:
+        raise ValueError(f"--loss {cfg.loss} needs a frozen encoder: for images give --encoder FILE.py:NAME; latents need its "
+                         f"features beside them, by data.py encode --encoder FILE.py:NAME")
+    return data.Encoder(cfg.encoder, source.shape[1], device)
+
+
+def feature_options(cfg: Config, features) -> dict:
+    """Options of a generator whose tokens are aligned, and that in REG denoises the encoder's token of the image as well."""
+    if not features or losses.LOSSES[cfg.loss].features != "G":
+        return {}
+    width = features.shape[1]
+    return dict(features=width, align=cfg.align_block) | (dict(token=width) if cfg.loss == "reg" else {})
+
+
+def build(cfg: Config, source, device: torch.device, features=None) -> model.DiT:
+    """The network for this data, freshly initialised or from --init; features: see `load_features`."""
     options = dict(input_size=source.shape[1], channels=source.shape[0], num_classes=source.num_classes)
-    options |= losses.LOSSES[cfg.loss].generator(dataclasses.asdict(cfg))
+    options |= losses.LOSSES[cfg.loss].generator(dataclasses.asdict(cfg)) | feature_options(cfg, features)
     options |= dict(predict=cfg.predict) if cfg.predict else {}
     path = sample.find_checkpoint(cfg.out if cfg.resume else cfg.init) if cfg.resume or cfg.init else None
     given = model.load(path) if path else None
@@ -565,12 +597,14 @@ def build(cfg: Config, source, device: torch.device) -> model.DiT:
     return net.to(device)
 
 
-def build_discriminator(cfg: Config, net: model.DiT) -> nn.Module:
+def build_discriminator(cfg: Config, net: model.DiT, features=None) -> nn.Module:
     """A discriminator of the generator's size: from its trunk after --init (cafm, afm), from --d_init, or fresh."""
     objective = losses.LOSSES[cfg.loss]
+    options = objective.discriminator(dataclasses.asdict(cfg), net.config) | (
+        dict(features=features.shape[1]) if features else {})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(data.fold(cfg.seed, "weights of D"))
-        D = objective.kind(**net.config | objective.discriminator(dataclasses.asdict(cfg), net.config))
+        D = objective.kind(**net.config | options)
     if cfg.d_init and not cfg.resume:
         given = model.discriminator_weights(sample.find_checkpoint(cfg.d_init), turn=cfg.loss == "cafm")
         model.load_weights(D, given, cfg.d_init)
@@ -616,9 +650,10 @@ def train(cfg: Config) -> dict:
         fid.note("no --vae, so no pictures of samples: give the codec's file to see them")
     mirror = source.mirror if cfg.mirror == "auto" else cfg.mirror == "on"
     objective = losses.LOSSES[cfg.loss]
-    nets = {"G": build(cfg, source, device)}
+    features = load_features(cfg, source, mirror, device)
+    nets = {"G": build(cfg, source, device, features)}
     if objective.D:
-        nets["D"] = build_discriminator(cfg, nets["G"])
+        nets["D"] = build_discriminator(cfg, nets["G"], features)
     trained = {role: [p for p in net.parameters() if p.requires_grad] for role, net in nets.items()}
     ema = copy.deepcopy(nets["G"]).eval().requires_grad_(False)
     opts = {role: torch.optim.AdamW(parameters, cfg.lr, (cfg.beta1, cfg.beta2), weight_decay=cfg.weight_decay,
@@ -627,10 +662,12 @@ def train(cfg: Config) -> dict:
     against = monitor_reference(cfg, source, out, device) if cfg.monitor else {}
     if scored(cfg):
         fid.glyph_net()  # trained now rather than after the run, should anything be wrong with its place
-    guides = load_classifier(cfg, nets["G"])
-    guides += [data.Bank(source, cfg.bank, cfg.seed, mirror, device)] if objective.bank else []
+    guides = {"G": load_classifier(cfg, nets["G"]), "D": []}
+    guides["G"] += [data.Bank(source, cfg.bank, cfg.seed, mirror, device)] if objective.bank else []
+    if features:
+        guides[objective.features].append(features)
     turns = {role: Loss(getattr(objective, role), torch.compile(net) if cfg.compile else net, cfg,
-                        *(other for name, other in nets.items() if name != role), *(guides if role == "G" else []))
+                        *(other for name, other in nets.items() if name != role), *guides[role])
              for role, net in nets.items()}
     if dist.is_initialized():
         turns = {role: DistributedDataParallel(turn) for role, turn in turns.items()}
@@ -806,8 +843,10 @@ def role_steps(cfg: Config, names, device: torch.device, batch: int) -> dict:
         for route in ("reverse", "forward", "finite") if name == "cafm" else ("",):
             settings = objective.defaults | ({"route": route} if route else {})
             own = dataclasses.replace(cfg, loss=name, init="", d_init="", **settings)
+            features = _ones if objective.features == "G" else None  # an encoder that costs nothing
+            options = objective.generator(dataclasses.asdict(own)) | feature_options(own, features)
             with contextlib.redirect_stderr(io.StringIO()):  # no advice here
-                nets = {"G": model.create("glyph-S", **objective.generator(dataclasses.asdict(own))).to(device)}
+                nets = {"G": model.create("glyph-S", **options).to(device)}
                 if objective.D:
                     nets["D"] = build_discriminator(own, nets["G"])
             for role in nets:
@@ -815,11 +854,19 @@ def role_steps(cfg: Config, names, device: torch.device, batch: int) -> dict:
     return steps
 
 
+def _ones(x: Tensor, draws) -> Tensor:
+    return x.new_ones(len(x), *_ones.shape)
+
+
+_ones.shape = (1 + 16, 768)  # glyph-S has 16 tokens
+
+
 def _role_step(objective: losses.Objective, role: str, nets: dict, cfg: Config, batch: int):
     x = torch.rand(batch, *nets["G"].shape, device=nets["G"].pos_embed.device) * 2 - 1
     y, draws = torch.arange(batch, device=x.device) % 10, data.Draws(cfg.seed, range(batch), x.device)
     others = [net for name, net in nets.items() if name != role]
     others += [data.Bank(data.dataset("glyphs:4", 32), cfg.bank, cfg.seed, device=x.device)] if objective.bank else []
+    others += [_ones] if objective.features == role == "G" else []
 
     def step():
         for name, net in nets.items():
