@@ -1401,15 +1401,17 @@ def read_checkpoint(path) -> dict:
     return content
 
 
-def load(path, ema: bool = True, kind: str = "", heads: int = 0) -> DiT:
+def load(path, ema: int = 1, kind: str = "", heads: int = 0) -> DiT:
     """A network in eval mode from our checkpoint or an official DiT, SiT, JiT or AFM file, in our time, as a velocity.
 
-    ema: the averaged weights where the file has both (JiT's first average of two: decay 0.9999). Official files do not
-    tell two things: `kind`, "dit" (noise prediction), "sit" (velocity) or "afm" (jumps), else guessed from the file's
+    ema: 1, the averaged weights where the file has both (JiT's first average of two, decay 0.9999); 2, JiT's second (0.9996);
+    0, the last weights. Official files do not tell two things: `kind`, "dit" (noise prediction), "sit" (velocity) or "afm" (jumps), else guessed from the file's
     name; and `heads`, else known from the width.
     All sizes are read from the tensors. FileNotFoundError or ValueError say what is wrong with a file.
     """
     content = read_checkpoint(path)
+    if ema == 2 and "model_ema2" not in content:
+        raise ValueError(f"{path}: holds no second average of the weights, as JiT's files do: use --ema 1, or 0 for the last ones")
     if "networks" in content:
         config = content["networks"]["G"]["config"]
         weights = content["ema"] if ema else content["networks"]["G"]["weights"]
@@ -1461,9 +1463,9 @@ def load_weights(net: nn.Module, weights: dict, path) -> None:
     net.load_state_dict(weights)
 
 
-def official_weights(content: dict, path, ema: bool = True) -> dict:
+def official_weights(content: dict, path, ema: int = 1) -> dict:
     """The flat dict of tensors inside an official file: unwrapped, prefixes of wrappers and REPA's projectors removed."""
-    for key in ("ema", "model_ema1", "model") if ema else ("model", "ema"):
+    for key in (("model", "ema"), ("ema", "model_ema1", "model"), ("model_ema2",))[ema]:
         if isinstance(content.get(key), dict):
             content = content[key]
             break

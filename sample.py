@@ -378,7 +378,7 @@ class Config:
     stitch_share: float = option(0.4, "how much of the way it takes")
     best_of: int = option(1, "noises tried for each sample; the result that --verifier likes best stays")
     verifier: str = option("", "a run of train.py --loss classifier")
-    ema: bool = option(True, "use the averaged weights")
+    ema: int = option(1, "1: averaged weights; 2: the second average of JiT's files (decay 0.9996); 0: the last weights", (0, 1, 2))
     device: str = option("auto", "where to run", ("auto", "cpu", "cuda", "mps"))
     out: str = option("samples.png", "a .png grid, an ADM-layout .npz, or a folder for PNG files")
 
@@ -405,7 +405,7 @@ def main(argv: list[str] | None = None) -> None:
     net = model.load(find_checkpoint(cfg.checkpoint), ema=cfg.ema).to(device).eval()
     if isinstance(net, model.Classifier):
         raise ValueError(f"{cfg.checkpoint}: a classifier, which makes no images; give it to train.py --loss afm --classifier")
-    reference = model.load(find_checkpoint(cfg.reference), ema=cfg.ema).to(device).eval() if cfg.reference else None
+    reference = model.load(find_checkpoint(cfg.reference), ema=min(1, cfg.ema)).to(device).eval() if cfg.reference else None
     try:
         classes = [int(k) for k in cfg.classes.split(",")] if cfg.classes else None
     except ValueError:
@@ -418,7 +418,7 @@ def main(argv: list[str] | None = None) -> None:
     codec = data.load_vae(cfg.vae).to(device) if cfg.vae else None
     more = ""
     if cfg.stitch:
-        small = model.load(find_checkpoint(cfg.stitch), ema=cfg.ema).to(device).eval()
+        small = model.load(find_checkpoint(cfg.stitch), ema=min(1, cfg.ema)).to(device).eval()
         net, more = Stitched(net, small, cfg.stitch_share), f", those at t > {1 - cfg.stitch_share:g} of {cfg.stitch}"
     verifier = load_verifier(cfg, net, device)
     more += f", best of {cfg.best_of} noises by {cfg.verifier}" if verifier else ""
@@ -427,7 +427,7 @@ def main(argv: list[str] | None = None) -> None:
     if data.rank() == 0:
         how = describe(reference=cfg.reference, told=net.guided, more=more, **options)
         print(f"wrote {cfg.out}: {cfg.n:,} samples, {how}, "
-              f"{'EMA' if cfg.ema else 'last'} weights, seed {cfg.seed}")
+              f"{('last', 'EMA', 'second EMA')[cfg.ema]} weights, seed {cfg.seed}")
     data.stop_processes()
 
 
@@ -438,7 +438,7 @@ def load_verifier(cfg: Config, net, device: torch.device) -> typing.Callable | N
     if cfg.best_of < 2 or not cfg.verifier:
         raise ValueError(f"--best_of {cfg.best_of} --verifier {cfg.verifier or '(none)'}: a search needs both, at least two "
                          f"noises and a run of train.py --loss classifier")
-    C = model.load(find_checkpoint(cfg.verifier), ema=cfg.ema).to(device).eval()
+    C = model.load(find_checkpoint(cfg.verifier), ema=min(1, cfg.ema)).to(device).eval()
     if not isinstance(C, model.Classifier) or (C.shape, C.num_classes) != (net.shape, net.num_classes):
         raise ValueError(f"--verifier {cfg.verifier}: expected a run of train.py --loss classifier on the same data")
     return lambda x, y: -F.cross_entropy(C(x, x.new_zeros(len(x))), y, reduction="none")

@@ -636,9 +636,14 @@ def test_model_golden_jit(tmp_path):
                                        context=5, context_start=2))
     state = net.state_dict()
     weights = golden_weights({k: v.shape for k, v in state.items() if k != "pos_embed"}) | {"pos_embed": state["pos_embed"]}
-    torch.save({"model": state, "model_ema1": {f"net.{k}": v for k, v in weights.items()}}, tmp_path / "checkpoint-last.pth")
+    averages = {f"model_ema{k}": {f"net.{name}": v / k for name, v in weights.items()} for k in (1, 2)}
+    torch.save({"model": state} | averages, tmp_path / "checkpoint-last.pth")
     ours = model.load(tmp_path / "checkpoint-last.pth")
     assert ours.config == net.config
+    for ema, bias in ((0, state["final_layer.linear.bias"]), (2, weights["final_layer.linear.bias"] / 2)):
+        assert model.load(tmp_path / "checkpoint-last.pth", ema).state_dict()["final_layer.linear.bias"].equal(bias)
+    torch.save({"model": state} | {"model_ema1": averages["model_ema1"]}, tmp_path / "one.pth")
+    raises(lambda: sample.main([str(tmp_path / "one.pth"), "--ema", "2"]), "no second average", "--ema 1")
     x, t, y = wave((2, 3, 32, 32), .37), torch.tensor([.8, .1]), torch.tensor([1, 10])
     image = ours.raw(x, t, y)
     check_golden(image, -5.47272e-05, 2.37329070429, [0, 1, 1000, 3072, 6143],
@@ -4433,6 +4438,49 @@ def test_train_on_latents(tmp_path, capsys):
     found = fid.evaluate(str(tmp_path / "fm"), str(tmp_path / "real.npz"), vae=vae, **how)
     assert found["n"] == 12 and found["scores"]["fd_glyphs"]["value"] > 0
     raises(lambda: fid.evaluate(str(tmp_path / "fm"), str(tmp_path / "real.npz"), **how), "--vae")
+
+
+@pytest.mark.parametrize("space", ["latents", "pixels"])
+def test_train_end_to_end(tmp_path, space, monkeypatch, capsys):
+    """From class folders of JPEGs to a measured sample set, in latents and, with JiT's parts, in pixels: 20 steps of fm and, from
+    it, of meanflow and cafm. Encoding and every training are stopped halfway and go on; each step is taken once."""
+    for k in range(12):
+        place = tmp_path / f"images/n{k % 3:08d}"
+        place.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(data.glyphs(12, 48)[0][k].permute(1, 2, 0).numpy()).save(place / f"{k}.JPEG")
+    torch.manual_seed(0)
+    torch.save(data.VAE((32, 32, 32, 32)).state_dict(), tmp_path / "vae.pt")
+    images, vae = str(tmp_path / "images"), ["--vae", str(tmp_path / "vae.pt")] if space == "latents" else []
+    source = dict(data=images, size=32, model="JiT-S/16", workers=0)
+    if space == "latents":
+        flags = ["encode", images, str(tmp_path / "latents"), *vae, *"--size 32 --batch 5 --shard 5 --workers 0 --device cpu".split()]
+        with monkeypatch.context() as patch:
+            write, calls = data._encode_shard, []
+            patch.setattr(data, "_encode_shard", lambda *args: calls.append(0) or write(*args) if not calls else signal.raise_signal(signal.SIGINT))
+            with pytest.raises(KeyboardInterrupt):
+                data.main(flags)
+        assert "1 of 3" not in error_of(data.dataset, str(tmp_path / "latents")) and "2 of 3" in error_of(data.dataset, str(tmp_path / "latents"))
+        data.main(flags)
+        source = dict(data=str(tmp_path / "latents"), size=0, vae=vae[1])
+    monkeypatch.setitem(model.ZOO, "glyph-S", model.ZOO["glyph-S"] | dict(patch=2, depth=2, width=32, predict="v"))
+    monkeypatch.setitem(model.ZOO, "JiT-S/16", model.ZOO["JiT-S/16"] | dict(patch=8, width=32, depth=3, heads=2, bottleneck=8, context=2, context_start=1))
+    for loss in ("fm", "meanflow", "cafm"):
+        out = tmp_path / loss
+        cfg = tiny_run(out, loss=loss, steps=20, batch=4, log_every=1, **source | ({} if loss == "fm" else dict(init=str(tmp_path / "fm"))),
+                       **{k: v for k, v in ROLE_SETTINGS[loss].items() if k != "d_warmup"})
+        with monkeypatch.context() as patch:
+            asked = iter([False] * 9 + [True])
+            patch.setattr(train.StopSignal, "on_any_process", lambda stop: next(asked))
+            assert train.train(cfg) == {} and checkpoint(out)["step"] == 10
+        train.train(dataclasses.replace(cfg, resume=True))
+        assert [row["step"] for row in train.read_log(out / "log.jsonl")] == list(range(1, 21))
+        sample.main([str(out), *vae, "--n", "12", "--steps", "1" if loss == "meanflow" else "2", "--guidance", "1", "--out", str(out / "s.npz")])
+        capsys.readouterr()
+        fid.main([str(out / "s.npz"), images, *"--features glyphs --size 32 --device cpu --workers 0 --json".split()])
+        found = json.loads(capsys.readouterr().out)
+        assert found["n"] == found["n_ref"] == 12 and found["scores"]["fd_glyphs"]["value"] > 0
+    D, ema = checkpoint(tmp_path / "cafm")["networks"]["D"]["config"], model.load(tmp_path / "cafm/last.pt")
+    assert ema.num_classes == 3 and (D["norm"], ema.rope is None) == (("rms_weight", False) if space == "pixels" else ("rms", True))
 
 
 def test_train_cafm_on_jit(tmp_path):
