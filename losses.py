@@ -163,9 +163,14 @@ def guided_velocity(net, v: Tensor, x_t: Tensor, t: Tensor, y: Tensor, cfg) -> T
 
 
 def on(rows: Tensor, call: typing.Callable, *parts: Tensor) -> Tensor:
-    """call(*parts) for the samples where rows (B,), and 0 for the others, which cost nothing."""
+    """call(*parts) for the samples where rows (B,), and 0 for the others, which cost nothing.
+
+    A process that has none calls it on one in vain: where a network is sharded, the others need its share of the weights.
+    """
     where = rows.nonzero()[:, 0]
     if not len(where):
+        if dist.is_initialized():
+            call(*(part[:1] for part in parts))
         return torch.zeros_like(parts[0])
     out = call(*(part[where] for part in parts))
     return out.new_zeros(parts[0].shape).index_put((where,), out)

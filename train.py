@@ -25,6 +25,7 @@ import shutil
 import signal
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -33,8 +34,11 @@ import torch.distributed as dist
 import torch.nn as nn
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_map
 from tqdm import tqdm
 
 import data
@@ -117,6 +121,7 @@ class Config:
     amp: str = option("auto", "bfloat16 autocast around the network; auto: on CUDA", ("auto", "bf16", "off"))
     compile: bool = option(False, "torch.compile the network")
     recompute: bool = option(False, "keep only the inputs of blocks for the backward pass: a third more time, much less memory")
+    shard: bool = option(False, "each process keeps its share of weights, gradients, optimizer and EMA (FSDP2), under torchrun")
     out: str = option("runs/glyphs", "the run folder")
     init: str = option("", "start from the weights of this checkpoint or run folder (cafm, afm: D too, but its head)")
     d_init: str = option("", "start the discriminator from that of this run, or from an official CAFM or AFM file")
@@ -314,6 +319,66 @@ def update_ema(ema: nn.Module, net: nn.Module, step: int, decay: float) -> None:
     torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - d)
 
 
+def shard(net: nn.Module, keep: bool) -> None:
+    """Leave this process 1 / world of every parameter: a block's are brought together when it is called, then dropped.
+
+    keep: not before `drop_whole`, for a loss on derivatives: its backward pass goes through each block twice, and the
+    second time FSDP does not bring them back.
+    """
+    warnings.filterwarnings("ignore", ".*returned a view tensor")  # no objective changes what a network gives in place
+    for part in (*(m for m in net.modules() if isinstance(m, model.Block)), net):  # the root has what is in no block
+        fully_shard(part, reshard_after_forward=not keep)
+        part.set_reshard_after_backward(not keep, recurse=False)
+    if isinstance(net, model.StagedDiT):  # its other entrance
+        register_fsdp_forward_method(net, "stages")
+
+
+def drop_whole(*nets: nn.Module) -> None:
+    """Of sharded networks keep this process's share alone."""
+    for part in (m for net in nets for m in net.modules() if isinstance(m, FSDPModule)):
+        part.reshard()
+
+
+@contextlib.contextmanager
+def whole(net: nn.Module):
+    """All of a sharded network on every process inside the with block: processes sample unequal numbers of batches, and
+
+    none may wait for another in the middle of one.
+    """
+    for part in (m for m in net.modules() if isinstance(m, FSDPModule)):
+        part.unshard()
+    yield
+    drop_whole(net)
+
+
+def joined(x):
+    """A sharded tensor as a plain one on the CPU of process 0 (None elsewhere: memory); anything else as it is."""
+    if not isinstance(x, DTensor):
+        return x
+    full = x.full_tensor()
+    return full.cpu() if data.rank() == 0 else None
+
+
+def share(x: Tensor, own: Tensor) -> Tensor:
+    """What is to be copied into `own` of a plain tensor: this process's share where that is sharded."""
+    return distribute_tensor(x, own.device_mesh, own.placements, src_data_rank=None) if isinstance(own, DTensor) else x
+
+
+def shares(weights: dict, net: nn.Module) -> dict:
+    """`share` of all weights of a network."""
+    own = net.state_dict()
+    return {k: share(v, own.get(k)) for k, v in weights.items()}
+
+
+def exchange(turn: nn.Module, now: bool):
+    """A context whose backward pass exchanges gradients between processes, or only adds them up for a later one."""
+    if isinstance(turn, DistributedDataParallel):
+        return contextlib.nullcontext() if now else turn.no_sync()
+    for part in (m for m in turn.net.modules() if isinstance(m, FSDPModule)):
+        part.set_requires_gradient_sync(now, recurse=False)
+    return contextlib.nullcontext()
+
+
 class StopSignal:
     """SIGTERM or Ctrl-C asks to finish the step, save and leave; another Ctrl-C 2 seconds later ends at once.
 
@@ -355,6 +420,9 @@ def save_checkpoint(path: Path, step: int, seconds: float, cfg: Config, nets: di
     content = {"step": step, "seconds": seconds, "config": dataclasses.asdict(cfg), "ema": ema.state_dict(),
                "networks": {role: {"config": net.config, "weights": net.state_dict(),
                                    "optimizer": opts[role].state_dict()} for role, net in nets.items()}}
+    content = tree_map(joined, content)  # by all processes
+    if data.rank() > 0:
+        return
     unfinished = path.with_name(path.name + ".tmp")
     try:
         torch.save(content, unfinished)
@@ -378,11 +446,13 @@ def resume(path: Path, cfg: Config, nets: dict, opts: dict, ema: nn.Module) -> t
                                  f"start a new run from its weights with --init {path} --out FOLDER")
             fid.note(f"resuming with --{name} {new} (was {old})")
     for role, saved in content["networks"].items():
-        model.load_weights(nets[role], saved["weights"], path)
-        opts[role].load_state_dict(saved["optimizer"])
+        model.load_weights(nets[role], shares(saved["weights"], nets[role]), path)
+        state, parameters = saved["optimizer"]["state"], opts[role].param_groups[0]["params"]
+        state = {i: {k: share(v, parameters[i]) if v.dim() else v for k, v in s.items()} for i, s in state.items()}
+        opts[role].load_state_dict(saved["optimizer"] | {"state": state})
         for group in opts[role].param_groups:  # these came back with the state, and may have been changed on purpose
             group.update(betas=(cfg.beta1, cfg.beta2), weight_decay=cfg.weight_decay)
-    model.load_weights(ema, content["ema"], path)
+    model.load_weights(ema, shares(content["ema"], ema), path)
     if content["step"] > cfg.steps:
         raise ValueError(f"{path}: is at step {content['step']} already, beyond --steps {cfg.steps}; give more")
     return content["step"], content["seconds"]
@@ -654,8 +724,12 @@ def train(cfg: Config) -> dict:
     nets = {"G": build(cfg, source, device, features)}
     if objective.D:
         nets["D"] = build_discriminator(cfg, nets["G"], features)
-    trained = {role: [p for p in net.parameters() if p.requires_grad] for role, net in nets.items()}
     ema = copy.deepcopy(nets["G"]).eval().requires_grad_(False)
+    sharded = cfg.shard and dist.is_initialized()
+    if sharded:
+        for name, net in {**nets, "ema": ema}.items():
+            shard(net, keep=name == "ema" or cfg.loss == "cafm" and name == "D")
+    trained = {role: [p for p in net.parameters() if p.requires_grad] for role, net in nets.items()}
     opts = {role: torch.optim.AdamW(parameters, cfg.lr, (cfg.beta1, cfg.beta2), weight_decay=cfg.weight_decay,
                                     fused=device.type != "mps") for role, parameters in trained.items()}
     start, before = resume(out / "last.pt", cfg, nets, opts, ema) if cfg.resume else (0, 0.0)
@@ -669,7 +743,7 @@ def train(cfg: Config) -> dict:
     turns = {role: Loss(getattr(objective, role), torch.compile(net) if cfg.compile else net, cfg,
                         *(other for name, other in nets.items() if name != role), *guides[role])
              for role, net in nets.items()}
-    if dist.is_initialized():
+    if dist.is_initialized() and not sharded:
         turns = {role: DistributedDataParallel(turn) for role, turn in turns.items()}
     if data.rank() == 0:
         (out / "config.json").write_text(json.dumps(dataclasses.asdict(cfg), indent=2) + "\n")
@@ -687,7 +761,7 @@ def train(cfg: Config) -> dict:
             opt, turn = opts[role], turns[role]
             opt.param_groups[0]["lr"] = learning_rate(step, now, role)
             if back := schedule_entries(cfg.schedule).get(step, {}).get("d_reload"):
-                nets["D"].load_state_dict(model.discriminator_weights(out / f"step_{back:07d}.pt"))
+                nets["D"].load_state_dict(shares(model.discriminator_weights(out / f"step_{back:07d}.pt"), nets["D"]))
             for name, parameters in trained.items():  # the other network stands still: no gradient for its weights
                 for p in parameters:
                     p.requires_grad_(name == role)
@@ -696,13 +770,14 @@ def train(cfg: Config) -> dict:
             values = {}
             for k in range(cfg.accumulation):
                 images, labels, positions = next(stream)
-                wait = dist.is_initialized() and k + 1 < cfg.accumulation
-                with turn.no_sync() if wait else contextlib.nullcontext():
+                with exchange(turn, now=k + 1 == cfg.accumulation):
                     loss, logs = turn(images.to(device), labels.to(device), positions)
                     (loss / cfg.accumulation).backward()
                 for name, value in {"loss": loss, **logs}.items():
                     values[name] = values.get(name, 0.0) + value.detach() / cfg.accumulation
+            drop_whole(*nets.values())
             norm = nn.utils.clip_grad_norm_(trained[role], cfg.clip or math.inf)
+            norm = norm.full_tensor() if sharded else norm
             opt.step()
             opt.zero_grad()
             done = step + 1
@@ -722,15 +797,17 @@ def train(cfg: Config) -> dict:
                 line = log.flush(cfg) or line
                 bar.set_postfix(loss=f"{line['loss']:.4f}", img_s=f"{line['images_per_second']:.0f}", refresh=False)
             bar.update()
-            if save and data.rank() == 0:
+            if save:
                 save_checkpoint(out / "last.pt", done, time.perf_counter() - began, cfg, nets, opts, ema)
+            if save and data.rank() == 0:
                 draw_loss(out / "log.jsonl", out / "loss.png")
                 if keep:
                     shutil.copyfile(out / "last.pt", out / f"step_{done:07d}.pt")
             if show and not stopped:
-                write_grid(ema, cfg, out / "samples" / f"{done:07d}.png", codec)
-                if cfg.monitor:
-                    monitor(ema, cfg, against, done, out / "scores.jsonl", codec)
+                with whole(ema):
+                    write_grid(ema, cfg, out / "samples" / f"{done:07d}.png", codec)
+                    if cfg.monitor:
+                        monitor(ema, cfg, against, done, out / "scores.jsonl", codec)
                 log.since = time.perf_counter()
             if stopped:
                 break
@@ -738,9 +815,10 @@ def train(cfg: Config) -> dict:
         if data.rank() == 0:
             print(f"stopped by a signal after step {done}; saved {out / 'last.pt'}. Go on with --resume")
         return {}
-    if model.balance_of(nets["G"]) is not None and data.rank() == 0:
-        write_routing(ema, source, cfg, out / "routing.json")
-    return finish(ema, cfg, out, time.perf_counter() - began, codec)
+    with whole(ema):
+        if model.balance_of(nets["G"]) is not None and data.rank() == 0:
+            write_routing(ema, source, cfg, out / "routing.json")
+        return finish(ema, cfg, out, time.perf_counter() - began, codec)
 
 
 def write_routing(ema: nn.Module, source, cfg: Config, path: Path, n: int = 64) -> None:
