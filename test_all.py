@@ -4076,6 +4076,65 @@ def test_train_two_processes_equal_one(split_runs, loss):
     assert (weights["blocks.0.attn.qkv.weight"] - fresh["blocks.0.attn.qkv.weight"]).abs().max() > 1e-4  # it learned
 
 
+def shard_run(folder, loss, out="", **options) -> None:
+    """FOLDER/LOSS or OUT: two steps of a small network in float64; cafm: six, D going back to its third at the last."""
+    back = dict(steps=6, keep_every=3, schedule="5: d_reload=3", ema_reload=3) if loss == "cafm" else dict(steps=2)
+    torch.set_default_dtype(torch.float64)
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(model.ZOO, "glyph-S", model.ZOO["glyph-S"] | dict(depth=3 if loss == "cat" else 1, width=32))
+            train.train(tiny_run(Path(folder) / (out or loss), **dict(loss=loss, data=str(Path(folder).parent / "glyphs.npz"),
+                                 log_every=1, ema=0.9) | back | ROLE_SETTINGS[loss] | options))
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+SHARDED = """
+import sys, torch
+sys.path.insert(0, {here!r})
+import losses, test_all
+torch.set_num_threads(1)
+for loss in losses.LOSSES:
+    several = loss in ("fm", "meanflow", "cafm")
+    test_all.shard_run({two!r}, loss, shard=True, accumulation=1 + several, recompute=loss == "carflow")
+test_all.shard_run({one!r}, "cafm", "resumed", shard=True, resume=True)
+"""
+
+
+def test_train_sharded_equals_one_process(tmp_path, capsys):
+    """--shard on two gloo processes, every objective, some with accumulation: the logged losses of one process to 1e-5, its gradient
+    norms, weights, EMA and optimizer state to 1e-9 in float64, in files of the same layout, and its picture. Six steps of
+    cafm equal three on one process and three sharded, and the other way round."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    shutil.copyfile(SMALL_SET, tmp_path / "glyphs.npz")
+    for loss in losses.LOSSES:
+        shard_run(one, loss)
+    (one / "resumed").mkdir()
+    shutil.copyfile(one / "cafm/step_0000003.pt", one / "resumed/last.pt")
+    shutil.copyfile(one / "cafm/step_0000003.pt", one / "resumed/step_0000003.pt")
+    script = tmp_path / "run.py"
+    script.write_text(SHARDED.format(here=str(HERE), one=str(one), two=str(two)))
+    torchrun(2, script)
+    shutil.copytree(two / "cafm", two / "resumed")
+    shutil.copyfile(two / "cafm/step_0000003.pt", two / "resumed/last.pt")
+    shard_run(two, "cafm", "resumed", shard=True, resume=True)
+    assert "--shard: one process holds everything; torchrun" in capsys.readouterr().err
+    for loss, out in [(loss, two / loss) for loss in losses.LOSSES] + [("cafm", one / "resumed"), ("cafm", two / "resumed")]:
+        a, b = (torch.utils._pytree.tree_flatten_with_path({k: c[k] for k in ("step", "ema", "networks")})[0]
+                for c in (checkpoint(one / loss), checkpoint(out)))
+        assert [path for path, _ in a] == [path for path, _ in b], out
+        for (path, x), (_, y) in zip(a, b):
+            assert type(x) is type(y) and (not torch.is_tensor(x) and x == y or torch.is_tensor(x) and
+                                           x.shape == y.shape and (x - y).abs().max() < 1e-9), (out, path)
+        logs = [{row["step"]: row for row in train.read_log(folder / "log.jsonl")} for folder in (one / loss, out)]
+        for step, row in logs[1].items():
+            assert abs(row["loss"] - logs[0][step]["loss"]) < 1e-5, (out, step)
+            assert abs(row["grad_norm"] - logs[0][step]["grad_norm"]) < 1e-5 * row["grad_norm"], (out, step)
+        assert len(logs[0]) == checkpoint(out)["step"]
+    pictures = [np.array(Image.open(out / "imf/samples/final.png")).astype(int) for out in (one, two)]
+    assert np.abs(pictures[0] - pictures[1]).max() <= 1
+
+
 @pytest.mark.parametrize("loss", ["cafm", "afm", "cat"])
 def test_train_moves_one_network_at_a_time(tmp_path, loss, monkeypatch):
     """A step of D leaves G and its EMA bit for bit where they were, and the other way round; positions never train."""
@@ -4135,6 +4194,7 @@ def test_train_discriminator_starts_from_the_generator(tmp_path, capsys):
     raises(lambda: run(d_init=str(tmp_path / "absent.pt")), "absent.pt")
     raises(lambda: run(d_steps=0), "--d_steps 0")
     raises(lambda: run(route="finite", interval=0.0), "--interval 0")
+    raises(lambda: run(shard=True, route="forward"), "--shard", "--route reverse")
     raises(lambda: train.train(tiny_run(tmp_path / "no", loss="afm", nfe=-1)), "--nfe -1")
     raises(lambda: train.train(tiny_run(tmp_path / "no", loss="afm", nfe=2, repeats=2)), "--nfe 2 --repeats 2", "one jump")
     raises(lambda: train.train(tiny_run(tmp_path / "no", loss="afm", accumulation=2)), "--accumulation 1")

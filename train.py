@@ -121,7 +121,7 @@ class Config:
     amp: str = option("auto", "bfloat16 autocast around the network; auto: on CUDA", ("auto", "bf16", "off"))
     compile: bool = option(False, "torch.compile the network")
     recompute: bool = option(False, "keep only the inputs of blocks for the backward pass: a third more time, much less memory")
-    shard: bool = option(False, "each process keeps its share of weights, gradients, optimizer and EMA (FSDP2), under torchrun")
+    shard: bool = option(False, "processes share weights, gradients, optimizer and EMA (FSDP2) rather than hold copies")
     out: str = option("runs/glyphs", "the run folder")
     init: str = option("", "start from the weights of this checkpoint or run folder (cafm, afm: D too, but its head)")
     d_init: str = option("", "start the discriminator from that of this run, or from an official CAFM or AFM file")
@@ -279,6 +279,9 @@ def check(cfg: Config) -> None:
                          f"--accumulation 1 and a smaller --batch or more processes")
     if cfg.recompute and cfg.loss == "cafm" and cfg.route == "forward":
         raise ValueError("--recompute: forward mode keeps nothing to compute again; use --route reverse")
+    if cfg.shard and cfg.loss == "cafm" and cfg.route == "forward":
+        raise ValueError("--shard --route forward: FSDP cannot bring weights together inside torch.func; use --route reverse, "
+                         "which gives the same numbers, or drop --shard")
     if cfg.loss == "cafm" and (cfg.d_steps < 1 or not 0 < cfg.interval <= 1):
         raise ValueError(f"--d_steps {cfg.d_steps} --interval {cfg.interval}: expected at least 1, and in (0, 1]")
     if "jumps" in losses.LOSSES[cfg.loss].defaults and not 0 <= cfg.label_drop <= 1 - cfg.jumps <= 1:
@@ -320,38 +323,42 @@ def update_ema(ema: nn.Module, net: nn.Module, step: int, decay: float) -> None:
 
 
 def shard(net: nn.Module, keep: bool) -> None:
-    """Leave this process 1 / world of every parameter: a block's are brought together when it is called, then dropped.
+    """Leave each process 1 / world of every parameter: FSDP brings a block's together when it is called, then drops them.
 
-    keep: not before `drop_whole`, for a loss on derivatives: its backward pass goes through each block twice, and the
-    second time FSDP does not bring them back.
+    keep: not before `drop_whole`. A loss on derivatives goes back through each block twice, and FSDP brings it back once.
     """
     warnings.filterwarnings("ignore", ".*returned a view tensor")  # no objective changes what a network gives in place
     for part in (*(m for m in net.modules() if isinstance(m, model.Block)), net):  # the root has what is in no block
         fully_shard(part, reshard_after_forward=not keep)
-        part.set_reshard_after_backward(not keep, recurse=False)
+    net.set_reshard_after_backward(not keep)
     if isinstance(net, model.StagedDiT):  # its other entrance
         register_fsdp_forward_method(net, "stages")
 
 
+def sharded_parts(*nets: nn.Module) -> list:
+    """Blocks and roots that FSDP has spread over processes: none without --shard."""
+    return [part for net in nets for part in net.modules() if isinstance(part, FSDPModule)]
+
+
 def drop_whole(*nets: nn.Module) -> None:
     """Of sharded networks keep this process's share alone."""
-    for part in (m for net in nets for m in net.modules() if isinstance(m, FSDPModule)):
+    for part in sharded_parts(*nets):
         part.reshard()
 
 
 @contextlib.contextmanager
 def whole(net: nn.Module):
-    """All of a sharded network on every process inside the with block: processes sample unequal numbers of batches, and
+    """All of a sharded network on every process inside the with block, so that none waits for another's call there.
 
-    none may wait for another in the middle of one.
+    (Processes sample unequal numbers of batches.) For networks that `keep`.
     """
-    for part in (m for m in net.modules() if isinstance(m, FSDPModule)):
+    for part in sharded_parts(net):
         part.unshard()
     yield
     drop_whole(net)
 
 
-def joined(x):
+def gathered(x):
     """A sharded tensor as a plain one on the CPU of process 0 (None elsewhere: memory); anything else as it is."""
     if not isinstance(x, DTensor):
         return x
@@ -360,21 +367,21 @@ def joined(x):
 
 
 def share(x: Tensor, own: Tensor) -> Tensor:
-    """What is to be copied into `own` of a plain tensor: this process's share where that is sharded."""
+    """A plain tensor to be copied into `own`: where that is sharded, this process's share of it."""
     return distribute_tensor(x, own.device_mesh, own.placements, src_data_rank=None) if isinstance(own, DTensor) else x
 
 
 def shares(weights: dict, net: nn.Module) -> dict:
-    """`share` of all weights of a network."""
+    """`share` of the weights of a network."""
     own = net.state_dict()
     return {k: share(v, own.get(k)) for k, v in weights.items()}
 
 
 def exchange(turn: nn.Module, now: bool):
-    """A context whose backward pass exchanges gradients between processes, or only adds them up for a later one."""
+    """A context whose backward pass exchanges gradients between processes, or leaves that to a later one."""
     if isinstance(turn, DistributedDataParallel):
         return contextlib.nullcontext() if now else turn.no_sync()
-    for part in (m for m in turn.net.modules() if isinstance(m, FSDPModule)):
+    for part in sharded_parts(turn):
         part.set_requires_gradient_sync(now, recurse=False)
     return contextlib.nullcontext()
 
@@ -420,7 +427,7 @@ def save_checkpoint(path: Path, step: int, seconds: float, cfg: Config, nets: di
     content = {"step": step, "seconds": seconds, "config": dataclasses.asdict(cfg), "ema": ema.state_dict(),
                "networks": {role: {"config": net.config, "weights": net.state_dict(),
                                    "optimizer": opts[role].state_dict()} for role, net in nets.items()}}
-    content = tree_map(joined, content)  # by all processes
+    content = tree_map(gathered, content)  # with --shard a matter of all processes; the file is the same as without
     if data.rank() > 0:
         return
     unfinished = path.with_name(path.name + ".tmp")
@@ -728,7 +735,9 @@ def train(cfg: Config) -> dict:
     sharded = cfg.shard and dist.is_initialized()
     if sharded:
         for name, net in {**nets, "ema": ema}.items():
-            shard(net, keep=name == "ema" or cfg.loss == "cafm" and name == "D")
+            shard(net, keep=name == "ema" or (cfg.loss, name, cfg.route) == ("cafm", "D", "reverse"))
+    elif cfg.shard:
+        fid.note("--shard: one process holds everything; torchrun --nproc_per_node=N train.py .. starts N that share it")
     trained = {role: [p for p in net.parameters() if p.requires_grad] for role, net in nets.items()}
     opts = {role: torch.optim.AdamW(parameters, cfg.lr, (cfg.beta1, cfg.beta2), weight_decay=cfg.weight_decay,
                                     fused=device.type != "mps") for role, parameters in trained.items()}
@@ -775,7 +784,7 @@ def train(cfg: Config) -> dict:
                     (loss / cfg.accumulation).backward()
                 for name, value in {"loss": loss, **logs}.items():
                     values[name] = values.get(name, 0.0) + value.detach() / cfg.accumulation
-            drop_whole(*nets.values())
+            drop_whole(*nets.values())  # before its shares change
             norm = nn.utils.clip_grad_norm_(trained[role], cfg.clip or math.inf)
             norm = norm.full_tensor() if sharded else norm
             opt.step()
