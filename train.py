@@ -331,8 +331,9 @@ def shard(net: nn.Module, keep: bool) -> None:
     for part in (*(m for m in net.modules() if isinstance(m, model.Block)), net):  # the root has what is in no block
         fully_shard(part, reshard_after_forward=not keep)
     net.set_reshard_after_backward(not keep)
-    if isinstance(net, model.StagedDiT):  # its other entrance
-        register_fsdp_forward_method(net, "stages")
+    for entrance in ("projected", "stages"):  # beside forward
+        if hasattr(net, entrance):
+            register_fsdp_forward_method(net, entrance)
 
 
 def sharded_parts(*nets: nn.Module) -> list:
