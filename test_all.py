@@ -4084,8 +4084,9 @@ def shard_run(folder, loss, out="", **options) -> None:
     try:
         with pytest.MonkeyPatch.context() as patch:
             patch.setitem(model.ZOO, "glyph-S", model.ZOO["glyph-S"] | dict(depth=1 + (loss == "cat"), width=32))
-            train.train(tiny_run(Path(folder) / (out or loss), **dict(loss=loss, data=str(Path(folder).parent / "glyphs.npz"),
-                                 log_every=1, ema=0.9, steps=2) | own | ROLE_SETTINGS[loss] | options))
+            train.train(tiny_run(Path(folder) / (out or loss), **dict(
+                loss=loss, data=str(Path(folder).parent / "glyphs.npz"), log_every=1, ema=0.9, steps=2)
+                | own | ROLE_SETTINGS[loss] | options))
     finally:
         torch.set_default_dtype(torch.float32)
 
@@ -4102,9 +4103,9 @@ test_all.shard_run({one!r}, "cafm", "resumed", shard=True, resume=True)
 
 
 def test_train_sharded_equals_one_process(tmp_path, capsys):
-    """--shard on two gloo processes, every objective, some with accumulation: the losses of one process to 1e-5, its gradient
-    norms, and to 1e-9 in float64 its weights, EMA and optimizer state, in files of the same layout, and its picture. Six
-    steps of cafm equal three on one process and three sharded, and the other way round."""
+    """--shard on two gloo processes, every objective, some with accumulation: the losses of one process to 1e-5, its
+    gradient norms, and to 1e-9 in float64 its weights, EMA and optimizer state, in files of the same layout, and its
+    picture. Six steps of cafm equal three on one process and three sharded, and the other way round."""
     one, two = tmp_path / "one", tmp_path / "two"
     shutil.copyfile(SMALL_SET, tmp_path / "glyphs.npz")
     for loss in losses.LOSSES:
@@ -4119,7 +4120,8 @@ def test_train_sharded_equals_one_process(tmp_path, capsys):
     shutil.copyfile(two / "cafm/step_0000003.pt", two / "resumed/last.pt")
     shard_run(two, "cafm", "resumed", shard=True, resume=True)
     assert "--shard: one process holds everything; torchrun" in capsys.readouterr().err
-    for loss, out in [(loss, two / loss) for loss in losses.LOSSES] + [("cafm", one / "resumed"), ("cafm", two / "resumed")]:
+    resumed = [("cafm", one / "resumed"), ("cafm", two / "resumed")]
+    for loss, out in [*((loss, two / loss) for loss in losses.LOSSES), *resumed]:
         a, b = (torch.utils._pytree.tree_flatten_with_path({k: c[k] for k in ("step", "ema", "networks")})[0]
                 for c in (checkpoint(one / loss), checkpoint(out)))
         assert [path for path, _ in a] == [path for path, _ in b], out

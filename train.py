@@ -280,8 +280,8 @@ def check(cfg: Config) -> None:
     if cfg.recompute and cfg.loss == "cafm" and cfg.route == "forward":
         raise ValueError("--recompute: forward mode keeps nothing to compute again; use --route reverse")
     if cfg.shard and cfg.loss == "cafm" and cfg.route == "forward":
-        raise ValueError("--shard --route forward: FSDP cannot bring weights together inside torch.func; use --route reverse, "
-                         "which gives the same numbers, or drop --shard")
+        raise ValueError("--shard --route forward: FSDP cannot bring weights together inside torch.func; drop --shard, or "
+                         "use --route reverse, which gives the same numbers")
     if cfg.loss == "cafm" and (cfg.d_steps < 1 or not 0 < cfg.interval <= 1):
         raise ValueError(f"--d_steps {cfg.d_steps} --interval {cfg.interval}: expected at least 1, and in (0, 1]")
     if "jumps" in losses.LOSSES[cfg.loss].defaults and not 0 <= cfg.label_drop <= 1 - cfg.jumps <= 1:
