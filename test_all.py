@@ -4009,16 +4009,24 @@ def test_train_sigterm_saves_and_resumes_bitwise(tmp_path):
             assert (a - b).abs().max() < 1e-3  # float32: two processes add in another order
 
 
-SPLITS = {"fm": ((1, 4), (2, 1), (2, 2)), "afm": ((2, 1),)}  # afm refuses accumulation
+SPLITS = {"fm": ((1, 4), (2, 1), (2, 2)), "afm": ((2, 1),)}  # (processes, accumulation); afm refuses accumulation
 SPLITS |= dict.fromkeys(("imf", "soflow", "shortcut", "ect", "scm", "repa", "reg"), ((2, 1),))  # quicker, and meanflow does both
 SEVERAL = """
 import sys, torch
 sys.path.insert(0, {here!r})
 import test_all
 torch.set_num_threads(1)
-for loss, split in {wanted!r}:
-    test_all.float64_run({folder!r}, loss, *split)
+for run in {wanted!r}:
+    test_all.float64_run({folder!r}, *run)
+test_all.reload_run({folder!r}, "sharded", shard=True)
+test_all.reload_run({folder!r}, "one, then sharded", shard=True, resume=True)
 """
+
+
+def splits_of(loss) -> list:
+    """(processes, accumulation, sharded) of the runs that equal that of one process; sharded ones accumulate where others do."""
+    splits = SPLITS.get(loss, ((2, 2),))
+    return [*((*split, False) for split in splits), (*splits[-1], True)]
 
 
 @contextlib.contextmanager
@@ -4033,11 +4041,23 @@ def small_and_exact():
         torch.set_default_dtype(torch.float32)
 
 
-def float64_run(folder, loss, processes, accumulation) -> None:
-    """The run NAME/PROCESSESxACCUMULATION in the folder: float64, AdamW, EMA and clipping, 12 steps of all networks or 5."""
+def float64_run(folder, loss, processes, accumulation, shard) -> None:
+    """A run in the folder LOSS/(PROCESSES, ACCUMULATION, SHARD): AdamW, EMA and clipping, 12 steps of all networks or 5.
+
+    soflow's steps are of two images, so that a process may have no jump in its share; carflow's sharded blocks recompute.
+    """
+    steps, batch = 12 if losses.LOSSES[loss].D or loss == "fm" else 5, 2 if loss == "soflow" else 8
     with small_and_exact():
-        train.train(tiny_run(Path(folder) / loss / f"{processes}x{accumulation}", data=str(Path(folder) / "glyphs.npz"),
-                             steps=12 if losses.LOSSES[loss].D or loss == "fm" else 5, loss=loss, accumulation=accumulation, **ROLE_SETTINGS[loss]))
+        train.train(tiny_run(Path(folder) / loss / str((processes, accumulation, shard)), data=str(Path(folder) / "glyphs.npz"),
+                             steps=steps, batch=batch, loss=loss, accumulation=accumulation, shard=shard,
+                             recompute=shard and loss == "carflow", **ROLE_SETTINGS[loss]))
+
+
+def reload_run(folder, name, **options) -> None:
+    """Six steps of cafm, D going back to its third at the last, and G to its average twice."""
+    with small_and_exact():
+        train.train(tiny_run(Path(folder) / name, data=str(Path(folder) / "glyphs.npz"), loss="cafm", steps=6, log_every=1,
+                             keep_every=3, schedule="5: d_reload=3", ema_reload=3, **ROLE_SETTINGS["cafm"] | options))
 
 
 @pytest.fixture(scope="module")
@@ -4045,95 +4065,59 @@ def split_runs(tmp_path_factory):
     """The folder of one run for every objective and split; those of two processes share one start of torchrun."""
     folder = tmp_path_factory.mktemp("split")
     shutil.copyfile(SMALL_SET, folder / "glyphs.npz")
-    wanted = [(loss, split) for loss in losses.LOSSES for split in ((1, 1), *SPLITS.get(loss, ((2, 2),)))]
-    for loss, split in wanted:
-        if split[0] == 1:
-            float64_run(folder, loss, *split)
-    (folder / "run.py").write_text(SEVERAL.format(here=str(HERE), folder=str(folder), wanted=[w for w in wanted if w[1][0] == 2]))
+    wanted = [(loss, *split) for loss in losses.LOSSES for split in ((1, 1, False), *splits_of(loss))]
+    for run in wanted:
+        if run[1] == 1:
+            float64_run(folder, *run)
+    reload_run(folder, "one")
+    (folder / "one, then sharded").mkdir()
+    for name in ("last.pt", "step_0000003.pt"):
+        shutil.copyfile(folder / "one/step_0000003.pt", folder / "one, then sharded" / name)
+    (folder / "run.py").write_text(SEVERAL.format(here=str(HERE), folder=str(folder), wanted=[run for run in wanted if run[1] == 2]))
     torchrun(2, folder / "run.py")
     return folder
 
 
+def assert_close_runs(a: Path, b: Path) -> None:
+    """The same checkpoint but for 1e-9, of the same layout; the same losses and gradient norms in the log."""
+    trees = [torch.utils._pytree.tree_flatten_with_path({k: checkpoint(run)[k] for k in ("step", "ema", "networks")})[0] for run in (a, b)]
+    assert [path for path, _ in trees[0]] == [path for path, _ in trees[1]], b
+    for (path, x), (_, y) in zip(*trees):
+        assert type(x) is type(y), (b, path)
+        assert (x.shape == y.shape and (x - y).abs().max() < 1e-9) if torch.is_tensor(x) else x == y, (b, path)
+    logs = [{row["step"]: row for row in train.read_log(run / "log.jsonl")} for run in (a, b)]
+    assert max(logs[0]) == max(logs[1])
+    for step, row in logs[1].items():
+        assert abs(row["loss"] - logs[0][step]["loss"]) < 2e-6, (b, step)
+        assert abs(row["grad_norm"] - logs[0][step]["grad_norm"]) < 1e-5, (b, step)
+
+
 @pytest.mark.parametrize("loss", list(losses.LOSSES))
 def test_train_two_processes_equal_one(split_runs, loss):
-    """After 12 or 5 steps in float64 with AdamW, EMA and clipping, two gloo processes have the weights of one process to 1e-9,
-    with and without accumulation, and log the same loss; accumulation alone changes nothing either."""
-    last = lambda out: json.loads((out / "log.jsonl").read_text().splitlines()[-1])  # noqa: E731
-    whole = split_runs / loss / "1x1"
-    one, log = checkpoint(whole), last(whole)
-    for split in SPLITS.get(loss, ((2, 2),)):
-        out = split_runs / loss / "{}x{}".format(*split)
-        other, other_log = checkpoint(out), last(out)
-        parts = [lambda c: c["ema"]] + [lambda c, role=role: c["networks"][role]["weights"] for role in one["networks"]]
-        for part in parts:
-            error = max((a - b).abs().max().item() for a, b in zip(part(one).values(), part(other).values()))
-            assert error < 1e-9, (split, error)
-        assert abs(log["loss"] - other_log["loss"]) < 1e-6 and abs(log["grad_norm"] - other_log["grad_norm"]) < 1e-5, split
-    start, weights = tiny_run("", loss=loss, **ROLE_SETTINGS[loss]), one["networks"]["G"]["weights"]
+    """After 12 or 5 steps in float64 with AdamW, EMA and clipping, two gloo processes, sharded or not, have the weights, averages and
+    optimizers of one process to 1e-9, with and without accumulation, and log the same losses; accumulation alone changes
+    nothing either."""
+    whole = split_runs / loss / "(1, 1, False)"
+    for split in splits_of(loss):
+        assert_close_runs(whole, split_runs / loss / str(split))
+    start, weights = tiny_run("", loss=loss, **ROLE_SETTINGS[loss]), checkpoint(whole)["networks"]["G"]["weights"]
     source, device = data.dataset(str(SMALL_SET), 32), torch.device("cpu")
     with small_and_exact():
         fresh = train.build(start, source, device, train.load_features(start, source, False, device)).state_dict()
     assert (weights["blocks.0.attn.qkv.weight"] - fresh["blocks.0.attn.qkv.weight"]).abs().max() > 1e-4  # it learned
 
 
-def shard_run(folder, loss, out="", **options) -> None:
-    """FOLDER/LOSS or OUT: two steps of a small network in float64; cafm: six, D going back to its third at the last."""
-    own = {"cafm": dict(steps=6, keep_every=3, schedule="5: d_reload=3", ema_reload=3), "cat": dict(stages=2),
-           "meanflow": dict(batch=2)}.get(loss, {})  # meanflow: processes whose only image is not a jump
-    torch.set_default_dtype(torch.float64)
-    try:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setitem(model.ZOO, "glyph-S", model.ZOO["glyph-S"] | dict(depth=1 + (loss == "cat"), width=32))
-            train.train(tiny_run(Path(folder) / (out or loss), **dict(
-                loss=loss, data=str(Path(folder).parent / "glyphs.npz"), log_every=1, ema=0.9, steps=2)
-                | own | ROLE_SETTINGS[loss] | options))
-    finally:
-        torch.set_default_dtype(torch.float32)
-
-
-SHARDED = """
-import sys, torch
-sys.path.insert(0, {here!r})
-import losses, test_all
-torch.set_num_threads(1)
-for loss in losses.LOSSES:
-    test_all.shard_run({two!r}, loss, shard=True, accumulation=1 + (loss in ("fm", "cafm")), recompute=loss == "carflow")
-test_all.shard_run({one!r}, "cafm", "resumed", shard=True, resume=True)
-"""
-
-
-def test_train_sharded_equals_one_process(tmp_path, capsys):
-    """--shard on two gloo processes, every objective, some with accumulation: the losses of one process to 1e-5, its
-    gradient norms, and to 1e-9 in float64 its weights, EMA and optimizer state, in files of the same layout, and its
-    picture. Six steps of cafm equal three on one process and three sharded, and the other way round."""
-    one, two = tmp_path / "one", tmp_path / "two"
-    shutil.copyfile(SMALL_SET, tmp_path / "glyphs.npz")
-    for loss in losses.LOSSES:
-        shard_run(one, loss)
-    (one / "resumed").mkdir()
-    shutil.copyfile(one / "cafm/step_0000003.pt", one / "resumed/last.pt")
-    shutil.copyfile(one / "cafm/step_0000003.pt", one / "resumed/step_0000003.pt")
-    script = tmp_path / "run.py"
-    script.write_text(SHARDED.format(here=str(HERE), one=str(one), two=str(two)))
-    torchrun(2, script)
-    shutil.copytree(two / "cafm", two / "resumed")
-    shutil.copyfile(two / "cafm/step_0000003.pt", two / "resumed/last.pt")
-    shard_run(two, "cafm", "resumed", shard=True, resume=True)
+def test_train_sharded_goes_on(split_runs, capsys):
+    """Six steps of cafm, with D and G taken back, equal three on one process and three sharded on two, and the other way round;
+    sharded processes draw the same picture."""
+    back = split_runs / "sharded, then one"
+    shutil.copytree(split_runs / "sharded", back)
+    shutil.copyfile(back / "step_0000003.pt", back / "last.pt")
+    reload_run(split_runs, back.name, shard=True, resume=True)
     assert "--shard: one process holds everything; torchrun" in capsys.readouterr().err
-    resumed = [("cafm", one / "resumed"), ("cafm", two / "resumed")]
-    for loss, out in [*((loss, two / loss) for loss in losses.LOSSES), *resumed]:
-        a, b = (torch.utils._pytree.tree_flatten_with_path({k: c[k] for k in ("step", "ema", "networks")})[0]
-                for c in (checkpoint(one / loss), checkpoint(out)))
-        assert [path for path, _ in a] == [path for path, _ in b], out
-        for (path, x), (_, y) in zip(a, b):
-            assert type(x) is type(y) and (not torch.is_tensor(x) and x == y or torch.is_tensor(x) and
-                                           x.shape == y.shape and (x - y).abs().max() < 1e-9), (out, path)
-        logs = [{row["step"]: row for row in train.read_log(folder / "log.jsonl")} for folder in (one / loss, out)]
-        for step, row in logs[1].items():
-            assert abs(row["loss"] - logs[0][step]["loss"]) < 1e-5, (out, step)
-            assert abs(row["grad_norm"] - logs[0][step]["grad_norm"]) < 1e-5 * row["grad_norm"], (out, step)
-        assert len(logs[0]) == checkpoint(out)["step"]
-    pictures = [np.array(Image.open(out / "imf/samples/final.png")).astype(int) for out in (one, two)]
+    for run in (split_runs / "sharded", split_runs / "one, then sharded", back):
+        assert_close_runs(split_runs / "one", run)
+    pictures = [np.array(Image.open(split_runs / run / "samples/final.png")).astype(int) for run in ("one", "sharded")]
     assert np.abs(pictures[0] - pictures[1]).max() <= 1
 
 
