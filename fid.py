@@ -282,6 +282,11 @@ class Rows:
         self.stored[self.n:self.n + len(rows)] = rows
         self.n += len(rows)
 
+    def in_order(self, place: Tensor) -> Tensor:
+        """Those of all processes (N, width) in the order `place` of their gathered rows."""
+        found = gather(self.stored[:self.n])
+        return found if torch.equal(place, torch.arange(len(place))) else found[place]  # a copy: 410 MB for 50,000
+
 
 def gather(rows: Tensor) -> Tensor:
     """The rows (n, ...) of all processes, on the CPU, rank after rank; shares may differ in length."""
@@ -650,6 +655,15 @@ def glyph_net(quiet: bool = False) -> GlyphNet:
 # 6. Image sets: whatever can be measured, as batches
 # --------------------------------------------------------------------------------------------------------------------
 
+@contextlib.contextmanager
+def readable(path: str):
+    """Errors of zip and npy files as a ValueError that names the file."""
+    try:
+        yield
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"{path}: not a readable npz ({error}); get or write it again") from error
+
+
 class NpzRows:
     """The images of an npz as an array uint8 (N, 3, h, w) that is read row by row and never whole in memory.
 
@@ -659,32 +673,24 @@ class NpzRows:
 
     def __init__(self, path: str, key: str):
         self.path, self.member, self.file, self.owner = path, f"{key}.npy", None, None
-        with self.readable(), zipfile.ZipFile(path) as archive, archive.open(self.member) as file:
+        with readable(path), zipfile.ZipFile(path) as archive, archive.open(self.member) as file:
             version = np.lib.format.read_magic(file)
             header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
             self.stored, fortran, dtype = header(file)
             self.start = file.tell()
         if dtype != np.uint8 or len(self.stored) != 4 or not {*self.stored[1::2]} & {1, 3} or fortran:
-            raise ValueError(f"{path}: array {key} is {dtype} {self.stored}; expected uint8 NHWC, (N, h, w, 3). "
+            raise ValueError(f"{path}: array {key} is {dtype} {self.stored}; expected uint8 NHWC, (N, h, w, 3), in C order. "
                              "Convert floats in [-1, 1] with data.to_uint8")
         self.channels_last = self.stored[3] in (1, 3)
         h, w = self.stored[1:3] if self.channels_last else self.stored[2:]
         self.shape = (self.stored[0], 3, h, w)
-
-    @contextlib.contextmanager
-    def readable(self):
-        """Errors of zip and npy files as a ValueError that names the file."""
-        try:
-            yield
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-            raise ValueError(f"{self.path}: not a readable npz ({error}); get or write it again") from error
 
     def __len__(self) -> int:
         return self.shape[0]
 
     def __getitem__(self, i: int) -> Tensor:
         size = int(np.prod(self.stored[1:]))
-        with self.readable():
+        with readable(self.path):
             if self.owner != os.getpid():  # forked workers must not share one file position
                 self.file, self.owner = zipfile.ZipFile(self.path).open(self.member), os.getpid()
             self.file.seek(self.start + i * size)
@@ -697,11 +703,8 @@ class NpzRows:
 
 def npz_members(path: str) -> set[str]:
     """Names of the arrays in an npz; ValueError where it is none."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return {name.removesuffix(".npy") for name in archive.namelist()}
-    except (OSError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path}: not a readable npz ({error}); get or write it again") from error
+    with readable(path), zipfile.ZipFile(path) as archive:
+        return {name.removesuffix(".npy") for name in archive.namelist()}
 
 
 def npz_images(path: str, size: int | None) -> data.Arrays:
@@ -714,9 +717,8 @@ def npz_images(path: str, size: int | None) -> data.Arrays:
     rows = NpzRows(path, key)
     if not len(rows):
         raise ValueError(f"{path}: {key} holds no images")
-    labels = np.zeros(len(rows), np.int64)
-    with np.load(path) as file:
-        labels = next((file[name] for name in ("arr_1", "labels") if name in members), labels)
+    with readable(path), np.load(path) as file:
+        labels = next((file[name] for name in ("arr_1", "labels") if name in members), np.zeros(len(rows), np.int64))
     return data.Arrays(rows, data.check_labels(labels, len(rows), path), size)
 
 
@@ -883,9 +885,8 @@ def measure(net: InceptionV3 | GlyphNet, images: ImageSet, keep: typing.Collecti
     if data.world() > 1:
         dist.all_reduce(right)
     place = gather(torch.tensor(order, dtype=torch.int64)).argsort()
-    for name, kept in rows.items():
-        found = gather(kept.stored[:kept.n])
-        rows[name] = found if torch.equal(place, torch.arange(len(place))) else found[place]  # 410 MB for 50,000
+    for name in rows:
+        rows[name] = rows[name].in_order(place)
     n = sums["features"].n
     return Measured(images.name, n, dict(features=net.label, resize=net.resize, size=images.size),
                     {kind: total.mean_cov() for kind, total in sums.items()}, rows,
@@ -911,11 +912,8 @@ def stored_arrays(path: str) -> dict:
                          "numpy.savez('reference.npz', mu=..., sigma=...)")
     if path.endswith(".npz"):
         names = npz_members(path) & wanted
-        try:
-            with np.load(path) as file:
-                return {name: file[name] for name in names}
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-            raise ValueError(f"{path}: not a readable npz ({error}); get or write it again") from error
+        with readable(path), np.load(path) as file:
+            return {name: file[name] for name in names}
     if path.endswith(".pt"):
         try:
             found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -1099,17 +1097,33 @@ def evaluate(generated, reference="", net: nn.Module | None = None, **options) -
     ...); names of scores: `score_name`. Under torch.distributed all processes call it, and all get the whole.
     """
     cfg = Config(**options)
-    metrics = check_config(cfg)
+    wanted = check_config(cfg)
     cfg.device = str(data.start_processes(cfg.device))
-    if net is None:
-        net = glyph_net() if cfg.features == "glyphs" else load_inception(cfg.weights, cfg.resize)
-        net = net.to(cfg.device) if cfg.features == "glyphs" else net.to(cfg.device).fast()
-    if not set(metrics) & set(net.metrics):
+    net = feature_net(cfg) if net is None else net
+    metrics = [name for name in wanted if name in net.metrics]
+    if not metrics:
         raise ValueError(f"--metrics {cfg.metrics}: on {net.label} there are {','.join(net.metrics)}")
-    metrics = [name for name in metrics if name in net.metrics]
-
-    # Open both sides, and find out of which images the features themselves are needed.
     held_out = reference == "glyphs" and isinstance(net, GlyphNet)
+    sources, ref = open_sides(generated, reference, held_out, net, cfg, metrics)
+    measured, results = ref.measure() if ref else None, []
+    for source in sources:
+        gen = source.measure()
+        if cfg.save_stats and data.rank() == 0:
+            gen.save(cfg.save_stats)
+        results.append(describe(net, gen, *scores_of(net, gen, measured, held_out, metrics)))
+    return results[0] if len(results) == 1 else spread(results)
+
+
+def feature_net(cfg: "Config") -> InceptionV3 | GlyphNet:
+    if cfg.features == "glyphs":
+        return glyph_net().to(cfg.device)
+    return load_inception(cfg.weights, cfg.resize).to(cfg.device).fast()
+
+
+def open_sides(generated, reference, held_out: bool, net: InceptionV3 | GlyphNet, cfg: "Config",
+               metrics: list[str]) -> tuple[list[Source], Source | None]:
+    """The generated sets and the reference, checked against each other before any of them is measured. There is no
+    reference yet where it is `held_out` glyphs. The features of single images are kept where a metric needs them."""
     by_rows = bool(reference) and any(name in metrics for name in (*NEIGHBOURS, "kid"))
     ref = Source(reference, net, cfg, "reference", ["features"] * by_rows) if reference and not held_out else None
     by_rows = by_rows and (held_out or ref.has_images)
@@ -1119,14 +1133,7 @@ def evaluate(generated, reference="", net: nn.Module | None = None, **options) -
                for source in (generated if several else [generated]) for k in range(cfg.repeat)]
     for source in sources:
         check_protocol(source.name, source.meta, ref.meta if ref else {})
-
-    measured, results = ref.measure() if ref else None, []
-    for source in sources:
-        gen = source.measure()
-        if cfg.save_stats and data.rank() == 0:
-            gen.save(cfg.save_stats)
-        results.append(describe(net, gen, *scores_of(net, gen, measured, held_out, metrics)))
-    return results[0] if len(results) == 1 else spread(results)
+    return sources, ref
 
 
 def scores_of(net: InceptionV3 | GlyphNet, gen: Measured, ref: Measured | None, held_out: bool,
@@ -1269,17 +1276,6 @@ def known_distance(d: int) -> tuple[Tensor, Tensor, Tensor, Tensor, float]:
     return mu1, cov1, mu2, cov1 + ec + ec.T + ece, float((mu1 - mu2).square().sum() + ece.trace())
 
 
-def in_turn(calls: dict[str, typing.Callable], rounds: int) -> tuple[dict, dict]:
-    """Run the calls one after the other, `rounds` times -> (last results, median seconds) by name."""
-    results, seconds = {}, {name: [] for name in calls}
-    for _ in range(rounds):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            results[name] = call()
-            seconds[name].append(time.perf_counter() - start)
-    return results, {name: statistics.median(runs) for name, runs in seconds.items()}
-
-
 def benchmark_distance(d: int) -> None:
     """Errors and times of our Frechet distance and of scipy's sqrtm, where the truth is known."""
     from scipy.linalg import sqrtm  # this comparison is all we use scipy for
@@ -1289,10 +1285,11 @@ def benchmark_distance(d: int) -> None:
         root = sqrtm((cov1 @ cov2).numpy())
         return float((mu1 - mu2).square().sum() + cov1.trace() + cov2.trace() - 2 * np.trace(root).real)
 
-    found, seconds = in_turn(dict(ours=lambda: frechet_distance(mu1, cov1, mu2, cov2), sqrtm=by_sqrtm), 3)
+    calls = dict(ours=lambda: frechet_distance(mu1, cov1, mu2, cov2), sqrtm=by_sqrtm)
+    seconds = model.in_turn(calls, 3, "cpu")
     print(f"Frechet distance at D = {d}, exact value {exact:.9f}, {torch.get_num_threads()} threads")
-    for name in found:
-        print(f"  {name:6} error {found[name] - exact:+.1e}   {seconds[name]:7.2f} s")
+    for name, call in calls.items():
+        print(f"  {name:6} error {call() - exact:+.1e}   {seconds[name]:7.2f} s")
     print(f"  sqrtm takes {seconds['sqrtm'] / seconds['ours']:.1f} times as long")
 
 
@@ -1308,8 +1305,7 @@ def benchmark_extraction(device: torch.device, batch: int, rounds: int) -> float
                     for form in (torch.contiguous_format, torch.channels_last))
     nets = {"as built": plain, "folded": folded, "folded, channels-last": fast}
     calls = {name: lambda net=net: net.extract(images)["features"].sum().item() for name, net in nets.items()}
-    in_turn(calls, 1)
-    seconds = in_turn(calls, rounds)[1]
+    seconds = model.in_turn(calls, rounds, device.type)
     print(f"Feature extraction on {device}, batch {batch}, 256 x 256 pixels")
     for name, time_taken in seconds.items():
         print(f"  {name:22} {batch / time_taken:7.2f} images/s   {seconds['as built'] / time_taken:.2f} times as built")

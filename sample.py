@@ -338,9 +338,9 @@ def describe(steps: int, solver: str, guidance: float, interval: tuple[float, fl
 
 
 def own_settings(path: Path) -> tuple[dict, dict]:
-    """How samples of this checkpoint must be made, and how they usually are: a method of jumps has its own solver, and its
+    """How samples of this checkpoint must be made, and how they usually are; both are {} where that is free.
 
-    run's number of steps. Both are {} where that is free.
+    A method of jumps has its own solver, and its run's number of steps.
     """
     settings = model.read_checkpoint(path).get("config", {})
     method = losses.LOSSES.get(settings.get("loss")) if isinstance(settings, dict) else None

@@ -3258,10 +3258,13 @@ def test_fid_frechet_of_covariances_that_do_not_commute():
 
 
 def test_fid_frechet_rank_deficient():
-    """Singular covariances: rank one is |u|^2 + |w|^2 - 2 |u.w|; N < D samples match the singular values of X1 X2^T."""
+    """Singular covariances: rank one is |u|^2 + |w|^2 - 2 |u.w|; without a common direction the traces add up; N < D
+    samples match the singular values of X1 X2^T."""
     u, w, zero = rand(64, 1, seed=1), rand(64, 1, seed=2), torch.zeros(64)
     want = u.square().sum() + w.square().sum() - 2 * (u * w).sum().abs()
     assert abs(fid.frechet_distance(zero, u @ u.T, zero, w @ w.T) - want) < 1e-6
+    few, rest = torch.linalg.qr(spd(64, 6)).Q.split((9, 55), 1)
+    assert abs(fid.frechet_distance(zero, few @ few.T, zero, rest @ rest.T) - 64) < 1e-5
     for d, n, m in ((64, 30, 40), (512, 100, 200)):
         scale = torch.arange(1, d + 1) ** -0.5
         x, y = rand(n, d, seed=3) * scale, rand(m, d, seed=4) * scale
@@ -3453,6 +3456,36 @@ def test_fid_inception_golden():
         close(again[name].flatten(), out[name][1:].flatten(), 1e-5)
 
 
+def test_fid_inception_pooling():
+    """Averages of ones stay 1 at the border for the FID, whose graph leaves the padding out, and lose it with torchvision;
+    the last block of the FID pools by maximum; blocks that halve the size have no convolution after their maximum."""
+    for flavour in ("fid", "torchvision"):
+        blocks, seen = fid.inception_blocks(flavour), {}
+        for name, (branches, pool) in blocks.items():
+            block = fid.Mixed(4, branches, pool)
+            if hasattr(block, "branch_pool"):
+                block.branch_pool.register_forward_pre_hook(lambda module, args: seen.update({name: args[0][0, 0]}))
+            out = block(-torch.ones(1, 4, 5, 5) if name == "Mixed_7c" else torch.ones(1, 4, 5, 5))
+            assert out.shape[2] == (2 if name in ("Mixed_6a", "Mixed_7a") else 5) and (name in seen or out[0, -1, 0, 0] == 1)
+        rim = torch.tensor([2 / 3, 1, 1, 1, 2 / 3])
+        want = {name: torch.outer(rim, rim) if flavour == "torchvision" else torch.ones(5, 5) for name in seen}
+        want["Mixed_7c"] = -want["Mixed_7c"]  # an average of -1, or their maximum, which no zero of the padding may reach
+        assert len(seen) == 9 and all(torch.allclose(seen[name], want[name]) for name in seen)
+    average, maximum = (fid.inception_blocks("fid")[name][1] for name in ("Mixed_7b", "Mixed_7c"))
+    point = torch.zeros(1, 1, 5, 5).index_fill(3, torch.tensor(2), 9)
+    assert maximum(point).max() == 9 and average(point).max() == 3
+
+
+def test_fid_inception_precision():
+    """Features of float32 are those of float64 to 1e-5 of the rms, in a small image; no gradient is kept."""
+    net, x = fid.InceptionV3(golden_file("fid")), wave((1, 3, 107, 107), .0137)
+    out = net.outputs(x)
+    for name, wide in net.double().outputs(x.double()).items():
+        assert wide.dtype == torch.float64 and not out[name].requires_grad
+        close(out[name].flatten(), wide.flatten(), 1e-5)
+    assert (out["spatial"] >= 0).all() and out["spatial"].max() > 0
+
+
 def test_fid_inception_preprocessing():
     """uint8 images are resized and mapped as documented; autocast changes nothing, TF32 is off."""
     image = data.glyphs(1)[0]
@@ -3487,6 +3520,8 @@ def test_fid_resize_rules():
     rng = torch.Generator().manual_seed(0)
     same = torch.randint(0, 256, (1, 3, 299, 299), dtype=torch.uint8, generator=rng)
     assert torch.equal(fid.resize_tf1(same), same.float())
+    for resize in fid.RESIZES.values():
+        assert (resize(torch.full((1, 3, 40, 50), 77, dtype=torch.uint8)) - 77).abs().max() < 1e-4
     for n in (32, 256, 512):
         ramp = torch.arange(n, dtype=torch.float32).expand(1, 1, n, n)
         want = (torch.arange(299) * n / 299).clamp_max(n - 1).expand(1, 1, 299, 299)
@@ -3659,14 +3694,31 @@ def test_fid_npz_is_streamed(tmp_path):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert same and peak < pixels.nbytes / 3, f"{peak:,} bytes at once"
+    elsewhere, rows.owner = rows.file, -1  # as after a fork: two processes must not move one file's position
+    assert np.array_equal(rows[7].permute(1, 2, 0), pixels[7]) and rows.file is not elsewhere
     grey = fid.NpzRows(str(tmp_path / "grey.npz"), "images")
     assert grey[8].shape == (3, 64, 64) and np.array_equal(grey[8][2], pixels[8, :, :, 0])
     whole = (tmp_path / "a.npz").read_bytes()
     (tmp_path / "cut.npz").write_bytes(whole[:len(whole) // 2])
     raises(lambda: toy(str(tmp_path / "cut.npz"), ""), "cut.npz", "not a readable npz")
-    for wrong in (pixels[0], pixels.astype(np.float32) / 255, pixels[:, :, :, :2]):
+    for wrong in (pixels[0], pixels.astype(np.float32) / 255, pixels[:, :, :, :2], pixels[:, None], np.asfortranarray(pixels)):
         np.savez(tmp_path / "wrong.npz", arr_0=wrong)
-        raises(lambda: toy(str(tmp_path / "wrong.npz"), ""), str(wrong.dtype), "expected uint8 NHWC", "data.to_uint8")
+        raises(lambda: toy(str(tmp_path / "wrong.npz"), ""), str(wrong.dtype), "expected uint8 NHWC", "C order", "data.to_uint8")
+    member = io.BytesIO()
+    np.lib.format.write_array(member, pixels[:9], version=(2, 0))
+    for text, name, error in ((member.getvalue(), "second.npz", ""), (member.getvalue()[:-9], "short.npz", "cut short")):
+        with zipfile.ZipFile(tmp_path / name, "w") as archive:
+            archive.writestr("arr_0.npy", text)
+        if error:
+            raises(lambda: toy(str(tmp_path / name), ""), name, error)
+        else:
+            assert np.array_equal(fid.NpzRows(str(tmp_path / name), "arr_0")[8].permute(1, 2, 0), pixels[8])
+    text = bytearray((tmp_path / "grey.npz").read_bytes())
+    text[5000:5100] = bytes(100)  # inside the compressed pixels
+    (tmp_path / "spoilt.npz").write_bytes(text)
+    raises(lambda: toy(str(tmp_path / "spoilt.npz"), ""), "spoilt.npz", "not a readable npz")
+    np.savez(tmp_path / "empty.npz", arr_0=pixels[:0])
+    raises(lambda: toy(str(tmp_path / "empty.npz"), ""), "arr_0 holds no images")
     np.savez(tmp_path / "none.npz", x=pixels[0])
     raises(lambda: toy(str(tmp_path / "none.npz"), ""), "holds x", "arr_0", "mu and sigma")
 
@@ -3886,8 +3938,6 @@ def test_fid_benchmark_prints_its_tables(capsys):
     assert len(errors) == 2 and max(map(abs, errors)) < 1e-9 and "times as long" in lines[-1]
     assert fid.benchmark_extraction(torch.device("cpu"), 1, 1) > 0
     assert [line.split("  ")[1] for line in capsys.readouterr().out.splitlines()[1:]] == ["as built", "folded", "folded, channels-last"]
-    run, seconds = fid.in_turn(dict(a=lambda: 1, b=lambda: 2), 3)
-    assert run == dict(a=1, b=2) and min(seconds.values()) > 0
 
 
 RANKS = """
@@ -4189,7 +4239,7 @@ def test_train_discriminator_starts_from_the_generator(tmp_path, capsys):
 
 def test_train_says_when_the_discriminator_wins(tmp_path, capsys):
     """A mean loss of D below the method's alarm is told once."""
-    log = train.Log(tmp_path / "log.jsonl", 0, alarm=0.2)
+    log = train.Log(tmp_path / "log.jsonl", alarm=0.2)
     for step, value in ((0, 1.9), (1, 0.1), (2, 0.05)):
         log.note(step, "D", {"loss": torch.tensor(value)}, 0.1)
         log.note(step, "G", {"loss": torch.tensor(0.01)}, 0.2)
@@ -4641,7 +4691,10 @@ def test_train_run_folder_and_scores(tmp_path):
     watched = [json.loads(line) for line in (out / "scores.jsonl").read_text().splitlines()]
     assert [(row["step"], row["n"], row["reference"]) for row in watched] == [(5, 20, "glyphs:1"), (10, 20, "glyphs:1")]
     assert all(row["fd_glyphs"] > 0 and 0 <= row["recall_glyphs"] <= 1 for row in watched)
-    assert watched[0]["fd_glyphs"] != watched[1]["fd_glyphs"] and "no guidance" in watched[0]["made"]
+    assert watched[0]["fd_glyphs"] != watched[1]["fd_glyphs"]
+    assert watched[1]["made"] == result["scores"]["unguided"]["protocol"] and "no guidance" in watched[1]["made"]
+    same = fid.evaluate(str(out), "glyphs", features="glyphs", num=20, steps=2, seed=1, device="cpu")
+    assert same["scores"]["fd_glyphs"]["value"] == watched[1]["fd_glyphs"]
     assert sorted(p.name for p in (out / "samples").iterdir()) == ["0000005.png", "0000010.png", "final.png"]
     assert json.loads((out / "config.json").read_text())["batch"] == 8
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
@@ -4709,6 +4762,7 @@ def test_train_refuses_and_loses_nothing(tmp_path):
     assert "held out" in error_of(train.train, tiny_run(out, data="glyphs:1"))
     assert "to go on with" in error_of(train.train, tiny_run(out, resume=True))
     train.train(tiny_run(out, steps=2))
+    (out / "scores.jsonl").write_text('{"step": 2}\n{"step": 3}\n{"ste')  # of a process killed after its last checkpoint
     before = (out / "last.pt").read_bytes()
     assert "--resume" in error_of(train.train, tiny_run(out))
     assert "--init" in error_of(train.train, tiny_run(out, resume=True, model="SiT-S/8"))
@@ -4725,6 +4779,7 @@ def test_train_refuses_and_loses_nothing(tmp_path):
     again = checkpoint(out)
     assert again["step"] == 4 and again["config"]["batch"] == 8 and again["config"]["data"] == str(SMALL_SET)
     assert again["networks"]["G"]["optimizer"]["param_groups"][0]["betas"] == (0.9, 0.9)
+    assert (out / "scores.jsonl").read_text() == '{"step": 2}\n'
 
 
 def test_train_full_disk_keeps_the_old_checkpoint(tmp_path):

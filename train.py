@@ -467,12 +467,18 @@ def resume(path: Path, cfg: Config, nets: dict, opts: dict, ema: nn.Module) -> t
 
 
 def read_log(path: Path) -> list[dict]:
-    """The lines of log.jsonl; a last line that a killed process left unfinished does not count."""
+    """The lines of a .jsonl file; a last line that a killed process left unfinished does not count."""
     rows = []
     for line in path.read_text().splitlines() if path.exists() else []:
         with contextlib.suppress(json.JSONDecodeError):
             rows.append(json.loads(line))
     return rows
+
+
+def rewind(path: Path, step: int) -> None:
+    """Drop the lines after `step`, the checkpoint's: the resumed run writes them anew."""
+    if path.exists() and data.rank() == 0:
+        path.write_text("".join(json.dumps(row) + "\n" for row in read_log(path) if row["step"] <= step))
 
 
 class Log:
@@ -482,11 +488,8 @@ class Log:
     before anything computed from it is saved.
     """
 
-    def __init__(self, path: Path, start: int, alarm: float = 0.0):
+    def __init__(self, path: Path, alarm: float = 0.0):
         self.path, self.pending, self.rates, self.since, self.alarm = path, [], {}, time.perf_counter(), alarm
-        if data.rank() == 0:  # a resumed run writes the lines after its checkpoint anew
-            kept = [row for row in read_log(path) if row["step"] <= start]
-            path.write_text("".join(json.dumps(row) + "\n" for row in kept))
 
     def note(self, step: int, role: str, values: dict, lr: float) -> None:
         self.pending.append((step, role, list(values), torch.stack([v.detach().float() for v in values.values()])))
@@ -573,6 +576,12 @@ def write_grid(ema: nn.Module, cfg: Config, path: Path, codec: data.VAE | None, 
     sample.write_samples(made, labels, sample.image_shape(ema, codec), path, columns)
 
 
+def protocol(ema: nn.Module, cfg: Config, options: dict) -> str:
+    """How the samples of a score were made, in words; options: those of `sample.sample`."""
+    return (f"{sample.describe(told=ema.guided, **options)}, EMA weights, labels in turn, seed {cfg.seed + 1}, network in "
+            f"{'bfloat16' if ema.amp else 'float32'}")
+
+
 def score_samples(ema: nn.Module, cfg: Config, options: dict, progress: str) -> dict:
     """`fid.score_glyphs` of cfg.score samples made by these options of `sample.sample`, each process its share of them."""
     labels = sample.labels_for(cfg.score, ema.num_classes)
@@ -589,8 +598,7 @@ def score(ema: nn.Module, cfg: Config) -> dict:
         if options["guidance"] != guidance:
             continue
         results[name] = score_samples(ema, cfg, options, f"scoring {name} samples")
-        results[name]["protocol"] = (f"{sample.describe(told=ema.guided, **options)}, EMA weights, labels in turn, seed "
-                                     f"{cfg.seed + 1}, network in {'bfloat16' if ema.amp else 'float32'}")
+        results[name]["protocol"] = protocol(ema, cfg, options)
     return results
 
 
@@ -616,7 +624,7 @@ def monitor(ema: nn.Module, cfg: Config, against: dict, step: int, path: Path, c
     values = {name: score["value"] for name, score in found.pop("scores").items()}
     if data.rank() == 0:
         with open(path, "a") as file:
-            file.write(json.dumps({"step": step, **values, **found, "made": sample.describe(**options)}) + "\n")
+            file.write(json.dumps({"step": step, **values, **found, "made": protocol(ema, cfg, options)}) + "\n")
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -763,7 +771,9 @@ def train(cfg: Config) -> dict:
 
     workers = cfg.workers if cfg.workers >= 0 else min(4, os.cpu_count()) if isinstance(source, data.Files) else 0
     stream = data.stream(source, positions_from(start, cfg), cfg.seed, mirror, workers)
-    log, line, stopped, began = Log(out / "log.jsonl", start, objective.alarm), {}, False, time.perf_counter() - before
+    for name in ("log.jsonl", "scores.jsonl"):
+        rewind(out / name, start)
+    log, line, stopped, began = Log(out / "log.jsonl", objective.alarm), {}, False, time.perf_counter() - before
     with StopSignal() as stop, \
          tqdm(total=cfg.steps, initial=start, desc="training", disable=data.rank() > 0) as bar:
         for step in range(start, cfg.steps):
