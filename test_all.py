@@ -3382,6 +3382,11 @@ def test_fid_mmhm(tmp_path, capsys):
     better = models | {"d": dict(fid5k=1.0, precision=0.9)}
     kept = fid.mmhm(better, bounds)[0]
     assert fid.mmhm(better)[0]["a"] < 1 and kept["a"] == means["a"] == kept["d"]
+    worse = fid.mmhm({"e": dict(fid5k=9.0, precision=0.8), "f": dict(fid5k=2.0, precision=0.1)}, bounds)[0]
+    assert abs(worse["e"] - 2 / (1 / 0.001 + 1 / 1.001)) < 1e-9 and worse["e"] == worse["f"]  # beyond the bounds is 0
+    for name in ("sfid5k", "kid", "fd_glyphs", "fid_torchvision", "is", "recall"):
+        low, high, equal = (fid.mmhm({"a": {name: x}, "b": {name: y}})[0]["a"] for x, y in ((1, 2), (2, 1), (1, 1)))
+        assert (low > high) == (name not in ("is", "recall")) and equal == max(low, high), name
     raises(lambda: fid.mmhm({"a": dict(fid5k=1.0)}, bounds), "a has the metrics fid5k", "precision")
     files = [str(tmp_path / f"{name}.json") for name in models]
     for file, scores in zip(files, models.values()):
@@ -3391,6 +3396,13 @@ def test_fid_mmhm(tmp_path, capsys):
         fid.main(["--mmhm", ",".join(files), "--bounds", str(tmp_path / "bounds.json")])
         lines = capsys.readouterr().out.splitlines()
         assert "FID5k, precision" in lines[0] and lines[1].split() == ["1.0010", files[0]] and len(lines) == 4
+        assert [line.split()[1] for line in lines[2:]] == [files[2], files[1]]  # the best first
+    assert lines[0].endswith(f"bounds {tmp_path / 'bounds.json'}")
+    Path(files[1]).write_text(json.dumps(dict(scores={name: dict(value=x) for name, x in (("fid5k", 1.0), ("recall", 0.5))})))
+    fid.main(["--mmhm", ",".join(files)])  # what all of them have
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "MMHM of FID5k, bounds of these results" and lines[1].split() == ["1.0010", files[1]]
+    raises(lambda: fid.main(["--mmhm", ",".join(files), "--bounds", str(tmp_path / "bounds.json")]), "precision", "expected")
     assert json.loads((tmp_path / "bounds.json").read_text()) == bounds
     raises(lambda: fid.main(["--bounds", "b.json"]), "--mmhm")
 
@@ -3649,7 +3661,7 @@ def test_fid_every_kind_of_images_scores_alike(tmp_path, capsys):
     for any batch size, order of images and number of workers; statistics files have those that need no images."""
     images, labels = data.glyphs(80, seed=5)
     real, npz = write_npz(tmp_path / "real.npz", *REAL), write_npz(tmp_path / "a.npz", images, labels)
-    want = toy(npz, real)
+    want = toy(npz, real, num=80)
     names = ("fd", "sfid80", "is", *fid.NEIGHBOURS, "kid")
     assert list(values(want)) == [f"{name}_toy" for name in names] and want["labels"] == "balanced, 8 a class"
     assert want["n"] == 80 and want["n_ref"] == 120 and want["size"] == [32, 32]
@@ -3717,6 +3729,13 @@ def test_fid_npz_is_streamed(tmp_path):
     text[5000:5100] = bytes(100)  # inside the compressed pixels
     (tmp_path / "spoilt.npz").write_bytes(text)
     raises(lambda: toy(str(tmp_path / "spoilt.npz"), ""), "spoilt.npz", "not a readable npz")
+    np.savez(tmp_path / "labels.npz", arr_0=pixels[:9], arr_1=np.zeros(5, np.int64))
+    raises(lambda: toy(str(tmp_path / "labels.npz"), ""), "labels.npz", "5", "9")
+    for name, good in (("arr_1", "arr_0"), ("mu", "sigma")):
+        with zipfile.ZipFile(tmp_path / "junk.npz", "w") as archive:
+            archive.writestr(f"{good}.npy", member.getvalue())
+            archive.writestr(f"{name}.npy", b"\x93NUMPY junk")
+        raises(lambda: toy(str(tmp_path / "junk.npz"), ""), "junk.npz", "not a readable npz")
     np.savez(tmp_path / "empty.npz", arr_0=pixels[:0])
     raises(lambda: toy(str(tmp_path / "empty.npz"), ""), "arr_0 holds no images")
     np.savez(tmp_path / "none.npz", x=pixels[0])
@@ -3757,8 +3776,15 @@ def test_fid_adm_reference_and_other_statistics(tmp_path, capsys):
         assert list(other["scores"]) == ["fd", "is"] and abs(values(other)["fd"] - values(got)["fd"]) < 1e-9
         assert f"{name} has no mu_s/sigma_s: sFID skipped" in capsys.readouterr().err
     raises(lambda: toy(npz, adm), "does not say how it was made", "--weights fid", "--save_stats")
-    (tmp_path / "edm.pkl").write_bytes(b"pickle")
-    raises(lambda: toy(npz, str(tmp_path / "edm.pkl")), "edm.pkl", "numpy.savez")
+    raises(lambda: fid.evaluate(str(tmp_path / "alias.npz"), npz, net=net, device="cpu", num=50), "an unknown number", "50")
+    for name in ("edm.pkl", "edm.pickle"):
+        (tmp_path / name).write_bytes(b"pickle")
+        raises(lambda: toy(npz, str(tmp_path / name)), name, "numpy.savez")
+    (tmp_path / "half.pt").write_bytes((tmp_path / "stats.pt").read_bytes()[:500])
+    raises(lambda: toy(str(tmp_path / "half.pt"), npz, num=5), "half.pt", "damaged")
+    lazy = Toy()
+    lazy.suffix, lazy.extract = "", None  # images that no metric needs are not even opened
+    assert list(fid.evaluate(str(tmp_path / "stats.pt"), adm, lazy, device="cpu", metrics="fid")["scores"]) == ["fd"]
     small = write_npz(tmp_path / "small.npz", *data.glyphs(20, size=16))
     raises(lambda: fid.evaluate(small, adm, net=net, device="cpu"), "size=[32, 32]", "size=[16, 16]", "--size")
     (tmp_path / "broken.npz").write_bytes(b"PK")
@@ -3790,6 +3816,12 @@ def test_fid_refuses_to_mix_protocols(tmp_path):
     Image.new("RGB", (48, 40)).save(mixed / "0" / "odd.png")
     raises(lambda: toy(str(mixed), npz), "2 sizes: 32x32 (120), 48x40 (1: 0/odd.png)", "--size")
     assert toy(str(mixed), npz, size=32)["n"] == 121
+    turned = Image.Exif()
+    turned[0x0112] = 6  # lies on its side
+    Image.new("RGB", (48, 40)).save(mixed / "0" / "odd.png", exif=turned)
+    raises(lambda: toy(str(mixed), npz), "2 sizes: 32x32 (120), 40x48 (1: 0/odd.png)")
+    (mixed / "0" / "odd.png").write_bytes(b"no image")
+    raises(lambda: toy(str(mixed), npz), "odd.png", "not a readable image", "remove it")
     small, never = write_npz(tmp_path / "small.npz", *data.glyphs(20, size=16)), Toy()
     never.extract = None  # what can be known before is found before any image is measured
     raises(lambda: fid.evaluate(small, npz, never, device="cpu"), "small.npz", "size=[16, 16]", "size=[32, 32]")
@@ -3814,10 +3846,15 @@ def test_fid_warnings(tmp_path, capsys):
         Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / "jpg" / f"{i}.JPG")
     got = toy(str(tmp_path / "jpg"), real)
     notes = capsys.readouterr().err
-    assert notes.count("JPEG") == 1 and "only N=20 < 2*12 samples" in notes
+    assert notes.count("JPEG") == 1 and notes.count("only N=20 < 2*12 samples") == 1
     assert f"floor ~{got['scores']['fd_toy']['floor']:.3g}); prefer KID" in notes
     toy(real, str(tmp_path / "jpg"))
+    fid.warn_of_few(24, 12, 1.0)
     assert capsys.readouterr().err == ""
+    for path in (tmp_path / "jpg").iterdir():
+        path.rename(path.with_suffix(".jpeg"))
+    toy(str(tmp_path / "jpg"), real, metrics="fid")
+    assert "JPEG" in capsys.readouterr().err
 
 
 def test_fid_several_sets_have_a_spread(tmp_path, capsys):
@@ -3832,7 +3869,10 @@ def test_fid_several_sets_have_a_spread(tmp_path, capsys):
     assert "retraining" in capsys.readouterr().err and all(one in got["generated"] for one in sets)
     twice = toy(sets[0], real, subset=40, repeat=2, seed=5)
     assert values(twice["sets"][0])["is_toy"] == values(toy(sets[0], real, subset=40, seed=5))["is_toy"]
-    assert values(twice["sets"][0]) != values(twice["sets"][1])
+    assert values(twice["sets"][0]) != values(twice["sets"][1]) and twice["generated"] == sets[0]
+    capsys.readouterr()
+    toy(sets[0], real, metrics="recall", subset=40, repeat=2)
+    assert "retraining" not in capsys.readouterr().err  # a note on FIDs only
     raises(lambda: toy([sets[0], real], real), "one size", "sfid60_toy", "sfid120_toy")
 
 
@@ -3890,6 +3930,12 @@ def test_fid_names_of_scores(tmp_path):
     for line, words in zip(lines, wanted):
         assert all(word in line for word in words) and ("real.npz" in line) == (words[0] != "IS")
     assert "-0.0000" not in lines[0] and f"reference  {npz}" in lines and "resize     none" in lines
+    scores = dict(fid5k=dict(value=-5e-4, bias=0.25, floor=None, n=5000), sfid5k=dict(value=-0.5, bias=0.125),
+                  kid=dict(value=-5e-4, std=0.25), accuracy=dict(value=0.5))
+    text = fid.as_text(dict(scores=scores, reference="real", sets=["each"], made="", n=5))
+    assert [" ".join(line.split()) for line in text.splitlines()] == [
+        "FID5k 0.0000 bias 0.25, n 5,000, against real", "sFID5k -0.5000 bias 0.125, against real",
+        "KID -0.0005 std 0.25, against real", "accuracy 0.5000", "reference real", "n 5"]
 
 
 def test_fid_inception_end_to_end(tmp_path, capsys):
@@ -4512,7 +4558,8 @@ def test_train_on_latents(tmp_path, capsys):
         train.train(tiny_run(tmp_path / "pafm", loss="pafm", candidates=3, bank=4, **options))
         assert "no --vae" in capsys.readouterr().err and not (tmp_path / "pafm/samples/final.png").exists()
         train.train(tiny_run(tmp_path / "cafm", loss="cafm", init=str(tmp_path / "fm"), d_steps=1, **options))
-        raises(lambda: train.train(tiny_run(tmp_path / "no", monitor=10, **options)), "--monitor 10", "--reference")
+        for given in ({}, dict(vae=vae), dict(reference=str(SMALL_SET))):
+            raises(lambda: train.train(tiny_run(tmp_path / "no", monitor=10, **given, **options)), "--monitor 10", "--reference")
     assert Image.open(tmp_path / "fm/samples/final.png").size[0] == 10 * 66 + 2
     net, labels = model.load(tmp_path / "cafm/last.pt"), sample.labels_for(3, 10)
     assert net.shape == (4, 4, 4)
@@ -4719,8 +4766,18 @@ def test_train_monitors_images_by_inception(tmp_path):
     assert row["n_ref"] == 4 and row["reference"].endswith("reference.npz") and "fid" not in row
     train.train(tiny_run(tmp_path / "alone", **options))
     assert_same_state(tmp_path / "run", tmp_path / "alone")
-    again = train.Config(**options | dict(reference="other.npz"))
-    assert train.monitor_reference(again, data.dataset(again.data, 32), tmp_path, torch.device("cpu"))["reference"] == "other.npz"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fid, "evaluate", lambda *args, **options: made.append(args) or dict(scores={}))
+        made, source = [], data.dataset(options["data"], 32)
+        against = [train.monitor_reference(train.Config(**options | given), source, folder, torch.device("cpu"))
+                   for given, folder in (({}, tmp_path / "run"), (dict(reference="other.npz"), tmp_path),
+                                         (dict(reference="other.npz", data="glyphs"), tmp_path))]
+        assert not made and [how["reference"] for how in against] == [row["reference"], "other.npz", "other.npz"]
+        assert all(how["metrics"] == "fid,is" and "features" not in how for how in against)
+        train.monitor_reference(train.Config(**options), source, tmp_path, torch.device("cpu"))
+        patch.setattr(data, "rank", lambda: 1)  # all measure, one writes
+        train.monitor(tiny(), train.Config(monitor=3), {}, 1, tmp_path / "scores.jsonl", None)
+        assert len(made) == 2 and not (tmp_path / "scores.jsonl").exists()
 
 
 def test_train_init_and_other_data(tmp_path):
