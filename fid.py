@@ -426,12 +426,12 @@ RESIZES = {"tf1": resize_tf1, "pytorch": resize_pytorch, "clean": resize_clean}
 
 @contextlib.contextmanager
 def full_float32(device: torch.device):
-    """Autocast and TF32 off: a metric must not depend on such settings (bfloat16 moves features by 8e-3)."""
+    """Autocast, TF32 and chance off: a metric must not depend on such settings (bfloat16 moves features by 8e-3)."""
     products = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = False
     try:
         with torch.autocast(device.type, enabled=False), \
-             torch.backends.cudnn.flags(enabled=True, benchmark=False, allow_tf32=False):
+             torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
             yield
     finally:
         torch.backends.cuda.matmul.allow_tf32 = products
@@ -679,8 +679,8 @@ class NpzRows:
             self.stored, fortran, dtype = header(file)
             self.start = file.tell()
         if dtype != np.uint8 or len(self.stored) != 4 or not {*self.stored[1::2]} & {1, 3} or fortran:
-            raise ValueError(f"{path}: array {key} is {dtype} {self.stored}; expected uint8 NHWC, (N, h, w, 3), in C order. "
-                             "Convert floats in [-1, 1] with data.to_uint8")
+            raise ValueError(f"{path}: array {key} is {dtype} {self.stored}; expected uint8 NHWC, (N, h, w, 3), in C "
+                             "order. Convert floats in [-1, 1] with data.to_uint8")
         self.channels_last = self.stored[3] in (1, 3)
         h, w = self.stored[1:3] if self.channels_last else self.stored[2:]
         self.shape = (self.stored[0], 3, h, w)
@@ -1199,7 +1199,7 @@ class Config:
     batch: int = option(64, "images at a time")
     workers: int = option(-1, "processes that decode image files; -1: up to 4 for files, none for arrays")
     steps: int = option(0, "a run as GENERATED: solver steps; 0: as many as the run has for its samples, or 50")
-    solver: str = option("", "the same: how its flow is integrated; empty: the run's own way, or ab2", ("", *sample.SOLVERS))
+    solver: str = option("", "the same: how its flow is integrated; empty: its own way, or ab2", ("", *sample.SOLVERS))
     guidance: float = option(1.0, "the same: guidance scale; 1 is none")
     vae: str = option("", "the same: the codec's file, for networks of latents")
     labels: str = option("balanced", "the same: each class equally often, or at random as in ADM, DiT and SiT",
