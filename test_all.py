@@ -3312,6 +3312,15 @@ def test_fid_bias_is_what_few_images_add():
     excess("bias", both, truth)
     excess("floor", perfect, 0)
     assert fid.frechet_with_bias(zero, cov, None, zero, wide, None)["bias"] is None
+    eye, pairs = torch.eye(d, dtype=torch.float64), d * (d + 1) / 2  # round Gaussians: all s are alike, 2 and 1
+    one, two = (fid.frechet_with_bias(zero, 4 * eye, 10, zero, eye, n_ref) for n_ref in (None, 20))
+    assert abs(one["bias"] - (4 * d + pairs) / 10) < 1e-9 and abs(one["floor"] - (d + pairs / 2) / 10) < 1e-9
+    assert abs(two["bias"] - one["bias"] - (d + pairs) / 20) < 1e-9
+    assert abs(two["floor"] - one["floor"] - (d + pairs / 2) / 20) < 1e-9
+    few = rand(9, d, seed=5)  # a singular reference, whose eigenvalues of 0 come out negative
+    own = torch.linalg.svdvals(few) ** 2
+    got = fid.frechet_with_bias(zero, eye, 10, zero, few.T @ few, None)["floor"]
+    assert abs(got / fid.small_sample_bias(own, own.sum(), 10) - 1) < 1e-9
 
 
 def test_fid_inception_score_closed_forms():
@@ -3349,6 +3358,8 @@ def test_fid_neighbour_scores():
     assert set(fid.neighbour_scores(real, real + 1e3).values()) == {0.0}
     collapsed = fid.neighbour_scores(real, real[:1] + 1e-4 * rand(80, 5))
     assert collapsed["precision"] == 1 and collapsed["recall"] < 0.05
+    line, apart = torch.arange(8.)[:, None], -10 * torch.arange(6.)[:, None] - 3  # -3 is as far from 0 as 3, its neighbour
+    assert fid.neighbour_scores(line, apart)["precision"] == fid.neighbour_scores(apart, line)["recall"] == 1 / 6
     raises(lambda: fid.neighbour_scores(real[:5], fake), "more than 5 images", "5")
 
 
@@ -3900,6 +3911,8 @@ def test_fid_a_run_generates_what_is_measured(tmp_path):
     assert jumped.startswith("euler, 1 steps, 1 network evaluations, no guidance")  # its own way, whatever is asked for
     raises(lambda: toy(str(run_folder), real), "--num")
     train.train(tiny_run(tmp_path / "imf", steps=1, loss="imf", omega_max=3.0))
+    torch.save(dict(config="words of another program"), tmp_path / "foreign.pt")
+    assert sample.own_settings(tmp_path / "foreign.pt") == ({}, {})
     made = toy(str(tmp_path / "imf"), real, num=8, guidance=2.0, metrics="fid")["made"]
     assert made.startswith("euler, 2 steps, 2 network evaluations, told to the network: guidance 2")
 
