@@ -858,6 +858,14 @@ class Measured:
         np.savez(path, **arrays, n=self.n or 0, meta=json.dumps(self.meta))
 
 
+def with_progress(images: ImageSet) -> typing.Iterator[tuple]:
+    """The batches of this process, with the progress of all on rank 0."""
+    with tqdm(total=images.n, unit="img", desc=images.name, delay=2, disable=data.rank() > 0) as bar:
+        for batch in images.batches:
+            yield batch
+            bar.update(min(len(batch[0]) * data.world(), (images.n or sys.maxsize) - bar.n))
+
+
 @torch.no_grad()
 def measure(net: InceptionV3 | GlyphNet, images: ImageSet, keep: typing.Collection[str] = ()) -> Measured:
     """One pass of an image set through the network: moments of all its features, and the rows of those in `keep`.
@@ -869,17 +877,15 @@ def measure(net: InceptionV3 | GlyphNet, images: ImageSet, keep: typing.Collecti
     sums = {kind: Statistics(net.widths[kind], device) for kind in STORED if kind in net.widths}
     rows = {name: Rows(net.widths[name], images.n or 1000) for name in keep}
     order, right = [], torch.zeros((), dtype=torch.float64, device=device)
-    with tqdm(total=images.n, unit="img", desc=images.name, delay=2, disable=data.rank() > 0) as bar:
-        for indices, pixels, labels in images.batches:
-            out = net.extract(pixels.to(device))
-            for kind, total in sums.items():
-                total.update(out[kind])
-            for name, kept in rows.items():
-                kept.add(out[name].cpu())
-            if graded:
-                right += (out["logits"].argmax(1) == labels.to(device)).sum()
-            order += indices
-            bar.update(min(len(pixels) * data.world(), (images.n or sys.maxsize) - bar.n))
+    for indices, pixels, labels in with_progress(images):
+        out = net.extract(pixels.to(device))
+        for kind, total in sums.items():
+            total.update(out[kind])
+        for name, kept in rows.items():
+            kept.add(out[name].cpu())
+        if graded:
+            right += (out["logits"].argmax(1) == labels.to(device)).sum()
+        order += indices
     for total in sums.values():
         total.all_reduce()
     if data.world() > 1:
