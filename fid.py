@@ -155,7 +155,7 @@ def inception_score(logits: Tensor, splits: int = 10) -> dict:
 def squared_distances(a: Tensor, b: Tensor) -> Tensor:
     """(n, D), (m, D) -> (n, m), |a|^2 + |b|^2 - 2 a . b by one matrix product."""
     a2, b2 = (torch.linalg.vector_norm(x, dim=1).square() for x in (a, b))
-    return torch.addmm(a2[:, None] + b2, a, b.T, alpha=-2).clamp_min_(0)
+    return (a2[:, None] + b2).addmm_(a, b.T, alpha=-2).clamp_min_(0)
 
 
 def squared_radii(x: Tensor, *ks: int) -> list[Tensor]:
@@ -1202,7 +1202,7 @@ class Config:
     num: int = option(0, "how many generated images there must be, or how many a run generates; 0: any")
     subset: int = option(0, "draw so many images of each side, once for all; 0: use all")
     size: int = option(0, "crop and scale all images to this many pixels; 0 keeps them as they are")
-    batch: int = option(64, "images at a time")
+    batch: int = option(32, "images at a time; more take more memory")
     workers: int = option(-1, "processes that decode image files; -1: up to 4 for files, none for arrays")
     steps: int = option(0, "a run as GENERATED: solver steps; 0: as many as the run has for its samples, or 50")
     solver: str = option("", "the same: how its flow is integrated; empty: its own way, or ab2", ("", *sample.SOLVERS))

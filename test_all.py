@@ -3403,9 +3403,12 @@ def test_fid_mmhm(tmp_path, capsys):
     for file, scores in zip(files, models.values()):
         kid = {"kid": dict(value=0.1), "labels": dict(value=1)}
         Path(file).write_text(json.dumps(dict(scores={name: dict(value=x) for name, x in scores.items()} | kid)))
-    for _ in range(2):  # writes the bounds, then reads them
+    for written in (None, json.dumps(bounds)):  # writes the bounds, then reads them and lets them be
+        if written:
+            (tmp_path / "bounds.json").write_text(written)
         fid.main(["--mmhm", ",".join(files), "--bounds", str(tmp_path / "bounds.json")])
         lines = capsys.readouterr().out.splitlines()
+        assert json.loads((tmp_path / "bounds.json").read_text()) == bounds
         assert "FID5k, precision" in lines[0] and lines[1].split() == ["1.0010", files[0]] and len(lines) == 4
         assert [line.split()[1] for line in lines[2:]] == [files[2], files[1]]  # the best first
     assert lines[0].endswith(f"bounds {tmp_path / 'bounds.json'}")
@@ -3414,7 +3417,7 @@ def test_fid_mmhm(tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "MMHM of FID5k, bounds of these results" and lines[1].split() == ["1.0010", files[1]]
     raises(lambda: fid.main(["--mmhm", ",".join(files), "--bounds", str(tmp_path / "bounds.json")]), "precision", "expected")
-    assert json.loads((tmp_path / "bounds.json").read_text()) == bounds
+    assert (tmp_path / "bounds.json").read_text() == written
     raises(lambda: fid.main(["--bounds", "b.json"]), "--mmhm")
 
 
@@ -4792,7 +4795,7 @@ def test_train_monitors_images_by_inception(tmp_path):
     train.train(tiny_run(tmp_path / "alone", **options))
     assert_same_state(tmp_path / "run", tmp_path / "alone")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fid, "evaluate", lambda *args, **options: made.append(args) or dict(scores={}))
+        patch.setattr(fid, "evaluate", lambda *args, **how: made.append(how) or dict(scores={}))
         made, source = [], data.dataset(options["data"], 32)
         against = [train.monitor_reference(train.Config(**options | given), source, folder, torch.device("cpu"))
                    for given, folder in (({}, tmp_path / "run"), (dict(reference="other.npz"), tmp_path),
@@ -4802,7 +4805,7 @@ def test_train_monitors_images_by_inception(tmp_path):
         train.monitor_reference(train.Config(**options), source, tmp_path, torch.device("cpu"))
         patch.setattr(data, "rank", lambda: 1)  # all measure, one writes
         train.monitor(tiny(), train.Config(monitor=3), {}, 1, tmp_path / "scores.jsonl", None)
-        assert len(made) == 2 and not (tmp_path / "scores.jsonl").exists()
+        assert len(made) == 2 and made[0]["size"] == 32 and not (tmp_path / "scores.jsonl").exists()
 
 
 def test_train_init_and_other_data(tmp_path):
