@@ -1246,7 +1246,8 @@ def as_text(found: dict) -> str:
                   for key, value in score.items() if key != "value" and value is not None]
         extras += [] if name.startswith(("is", "accuracy")) else [f"against {found['reference']}"]
         value = 0.0 if -1e-3 < score["value"] < 0 and "bias" in score else score["value"]  # rounding of a distance 0
-        lines.append(f"{title(name):34} {value:10.4f}   {', '.join(extras)}")
+        digits = 6 if name.startswith("kid") else 4  # a KID is some thousandths
+        lines.append(f"{title(name):34} {value:10.{digits}f}   {', '.join(extras)}")
     protocol = {key: value for key, value in found.items() if key not in ("scores", "sets") and value}
     return "\n".join(lines + [f"{key:10} {value}" for key, value in protocol.items()])
 

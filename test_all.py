@@ -3959,7 +3959,7 @@ def test_fid_names_of_scores(tmp_path):
     text = fid.as_text(dict(scores=scores, reference="real", sets=["each"], made="", n=5))
     assert [" ".join(line.split()) for line in text.splitlines()] == [
         "FID5k 0.0000 bias 0.25, n 5,000, against real", "sFID5k -0.5000 bias 0.125, against real",
-        "KID -0.0005 std 0.25, against real", "accuracy 0.5000", "reference real", "n 5"]
+        "KID -0.000500 std 0.25, against real", "accuracy 0.5000", "reference real", "n 5"]
 
 
 def test_fid_inception_end_to_end(tmp_path, capsys):
