@@ -109,9 +109,12 @@ def image(images):
 """)
 
 
+model.ZOO["tiny"] = model.ZOO["glyph-S"] | dict(width=48, depth=3)
+
+
 def tiny_run(out, **options) -> train.Config:
     """A training run of milliseconds a step."""
-    defaults = dict(out=str(out), data=str(SMALL_SET), steps=10, batch=8, warmup=2, log_every=2, save_every=100, sample_every=0, score=0,
+    defaults = dict(out=str(out), model="tiny", data=str(SMALL_SET), steps=10, batch=8, warmup=2, log_every=2, save_every=100, sample_every=0, score=0,
                     sample_steps=2, decay="constant", device="cpu")
     return train.Config(**defaults | options)
 
@@ -805,7 +808,7 @@ def test_model_zoo_counts():
     """The zoo has S, B, L, XL at patches 2, 4, 8; XL/2 costs the paper's 118.6 GFLOPs, glyph-S has 1.32 M values."""
     names = {f"SiT-{s}/{p}" for s in ("S", "B", "L", "XL") for p in (2, 4, 8)} | {f"JiT-{s}/{p}" for s in "SBLH" for p in (16, 32)}
     names |= {f"MoE-{s}/2" for s in ("S", "B", "XL")} | {f"LiT-{s}/2" for s in ("S", "B", "L", "XL")}
-    assert names | {"glyph-S"} == set(model.ZOO)
+    assert names | {"glyph-S", "tiny"} == set(model.ZOO)
     with torch.device("meta"):
         xl = model.create("SiT-XL/2")
         glyph = model.create("glyph-S")
@@ -2992,7 +2995,7 @@ def test_sample_guidance_sharpens_as_theory_says():
 
 class Width(nn.Module):
     """The exact velocity of TWO_MODES with deviations `factor` times as large, as a network of points."""
-    shape, num_classes, null_class = (1,), 2, False
+    shape, state, num_classes, null_class = (1,), (1,), 2, False
 
     def __init__(self, factor):
         super().__init__()
@@ -4098,35 +4101,40 @@ def test_train_resume_is_bitwise(tmp_path, loss, accumulation):
 def test_train_sigterm_saves_and_resumes_bitwise(tmp_path):
     """SIGTERM finishes the step, saves and exits 0; the resumed run equals the one that was never stopped; with two
     processes as well, where it is enough that one of them is told."""
-    for processes in (1, 2) if sys.platform == "linux" else (1,):  # /proc names torchrun's workers
-        out = tmp_path / f"stopped{processes}"
-        flags = ["--steps", "100000", "--batch", "8", "--log_every", "1", "--sample_every", "0", "--score", "0",
-                 "--device", "cpu", "--decay", "constant", "--out", str(out), "--data", str(SMALL_SET)]
-        start = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"] if processes == 2 else []
-        env = os.environ | {"OMP_NUM_THREADS": "1"}
-        process = subprocess.Popen([sys.executable, *start, str(HERE / "train.py"), *flags], env=env,
-                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        deadline = time.time() + 120
+    processes = (1, 2) if sys.platform == "linux" else (1,)  # /proc names torchrun's workers
+    started = {n: start_endless_run(tmp_path / f"stopped{n}", n) for n in processes}
+    for n, process in started.items():
+        out, deadline = tmp_path / f"stopped{n}", time.time() + 120
         while not (out / "log.jsonl").exists() or len((out / "log.jsonl").read_text()) < 300:
             assert process.poll() is None and time.time() < deadline, process.stderr.read()
             time.sleep(0.05)
         told = process.pid
-        if processes == 2:  # tell one worker, not torchrun
+        if n == 2:  # tell one worker, not torchrun
             lists = Path(f"/proc/{process.pid}/task").glob("*/children")
             told = max(int(pid) for children in lists for pid in children.read_text().split())
         os.kill(told, signal.SIGTERM)
         text, errors = process.communicate(timeout=60)
         assert process.returncode == 0, errors
         assert "stopped by a signal" in text, (text, errors)
+    for n in processes:
+        out = tmp_path / f"stopped{n}"
         step = checkpoint(out)["step"]
         assert step < 100000
-        settings = dict(batch=8, warmup=100, sample_every=0, score=0, steps=step + 3, decay="constant")
+        settings = dict(model="glyph-S", batch=8, warmup=100, sample_every=0, score=0, steps=step + 3, decay="constant")
         train.train(tiny_run(out, resume=True, **settings))
-        train.train(tiny_run(tmp_path / f"whole{processes}", **settings))
-        if processes == 1:
+        train.train(tiny_run(tmp_path / f"whole{n}", **settings))
+        if n == 1:
             assert_same_state(out, tmp_path / "whole1")
-        for a, b in zip(checkpoint(out)["ema"].values(), checkpoint(tmp_path / f"whole{processes}")["ema"].values()):
+        for a, b in zip(checkpoint(out)["ema"].values(), checkpoint(tmp_path / f"whole{n}")["ema"].values()):
             assert (a - b).abs().max() < 1e-3  # float32: two processes add in another order
+
+
+def start_endless_run(out: Path, processes: int) -> subprocess.Popen:
+    flags = ["--steps", "100000", "--batch", "8", "--log_every", "1", "--sample_every", "0", "--score", "0",
+             "--device", "cpu", "--decay", "constant", "--out", str(out), "--data", str(SMALL_SET)]
+    start = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"] if processes == 2 else []
+    return subprocess.Popen([sys.executable, *start, str(HERE / "train.py"), *flags], env=os.environ | {"OMP_NUM_THREADS": "1"},
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 SPLITS = {"fm": ((1, 4), (2, 1), (2, 2)), "afm": ((2, 1),)}  # (processes, accumulation); afm refuses accumulation
@@ -4144,30 +4152,31 @@ test_all.reload_run({folder!r}, "one, then sharded", shard=True, resume=True)
 
 
 def splits_of(loss) -> list:
-    """(processes, accumulation, sharded) of the runs that equal that of one process; sharded ones accumulate where others do."""
+    """(processes, accumulation, sharded) of the runs that equal that of one process; sharded ones accumulate where others do.
+
+    Four call networks as others do, and are sharded in no test.
+    """
     splits = SPLITS.get(loss, ((2, 2),))
-    return [*((*split, False) for split in splits), (*splits[-1], True)]
+    sharded = [] if loss in ("pafm", "shortcut", "ect", "classifier") else [(*splits[-1], True)]
+    return [*((*split, False) for split in splits), *sharded]
 
 
 @contextlib.contextmanager
-def small_and_exact():
-    """glyph-S of a third of the size, in float64."""
+def in_float64():
     torch.set_default_dtype(torch.float64)
     try:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setitem(model.ZOO, "glyph-S", model.ZOO["glyph-S"] | dict(depth=3, width=48))
-            yield
+        yield
     finally:
         torch.set_default_dtype(torch.float32)
 
 
 def float64_run(folder, loss, processes, accumulation, shard) -> None:
-    """A run in the folder LOSS/(PROCESSES, ACCUMULATION, SHARD): AdamW, EMA and clipping, 12 steps of all networks or 5.
+    """A run in the folder LOSS/(PROCESSES, ACCUMULATION, SHARD): AdamW, EMA and clipping, 12 steps of cafm, 7 of others with a D, 5.
 
     soflow's steps are of two images, so that a process may have no jump in its share; carflow's sharded blocks recompute.
     """
-    steps, batch = 12 if losses.LOSSES[loss].D or loss == "fm" else 5, 2 if loss == "soflow" else 8
-    with small_and_exact():
+    steps, batch = 12 if loss == "cafm" else 7 if losses.LOSSES[loss].D else 5, 2 if loss == "soflow" else 8
+    with in_float64():
         train.train(tiny_run(Path(folder) / loss / str((processes, accumulation, shard)), data=str(Path(folder) / "glyphs.npz"),
                              steps=steps, batch=batch, loss=loss, accumulation=accumulation, shard=shard,
                              recompute=shard and loss == "carflow", **ROLE_SETTINGS[loss]))
@@ -4175,7 +4184,7 @@ def float64_run(folder, loss, processes, accumulation, shard) -> None:
 
 def reload_run(folder, name, **options) -> None:
     """Six steps of cafm, D going back to its third at the last, and G to its average twice."""
-    with small_and_exact():
+    with in_float64():
         train.train(tiny_run(Path(folder) / name, data=str(Path(folder) / "glyphs.npz"), loss="cafm", steps=6, log_every=1,
                              keep_every=3, schedule="5: d_reload=3", ema_reload=3, **ROLE_SETTINGS["cafm"] | options))
 
@@ -4214,7 +4223,7 @@ def assert_close_runs(a: Path, b: Path) -> None:
 
 @pytest.mark.parametrize("loss", list(losses.LOSSES))
 def test_train_two_processes_equal_one(split_runs, loss):
-    """After 12 or 5 steps in float64 with AdamW, EMA and clipping, two gloo processes, sharded or not, have the weights, averages and
+    """After 5 to 12 steps in float64 with AdamW, EMA and clipping, two gloo processes, sharded or not, have the weights, averages and
     optimizers of one process to 1e-9, with and without accumulation, and log the same losses; accumulation alone changes
     nothing either."""
     whole = split_runs / loss / "(1, 1, False)"
@@ -4222,7 +4231,7 @@ def test_train_two_processes_equal_one(split_runs, loss):
         assert_close_runs(whole, split_runs / loss / str(split))
     start, weights = tiny_run("", loss=loss, **ROLE_SETTINGS[loss]), checkpoint(whole)["networks"]["G"]["weights"]
     source, device = data.dataset(str(SMALL_SET), 32), torch.device("cpu")
-    with small_and_exact():
+    with in_float64():
         fresh = train.build(start, source, device, train.load_features(start, source, False, device)).state_dict()
     assert (weights["blocks.0.attn.qkv.weight"] - fresh["blocks.0.attn.qkv.weight"]).abs().max() > 1e-4  # it learned
 
@@ -4478,7 +4487,7 @@ def test_train_one_step_runs_know_how_they_are_sampled(tmp_path, capsys):
     for loss, solver in (("meanflow", "euler"), ("imf", "euler"), ("ect", "renoise")):
         out = tmp_path / loss
         train.main(["--loss", loss, *(f"--{k}={v}" for k, v in dataclasses.asdict(tiny_run(out, **options)).items()
-                                      if k in ("out", "data", "batch", "init", "steps", "lr", "sample_every", "score", "device"))])
+                                      if k in ("out", "data", "batch", "init", "steps", "lr", "sample_every", "score", "device", "model"))])
         flow, net = (model.load(folder / "last.pt") for folder in (tmp_path / "fm", out))
         x, t, y = torch.randn(2, 3, 32, 32), torch.tensor([.3, .8]), torch.tensor([1, 10])
         assert torch.equal(net(x, t, y, t / 2), flow(x, t, y)), loss
@@ -4531,7 +4540,7 @@ def test_train_cat_is_one_pass_of_stages(tmp_path, capsys):
     raises(lambda: sample.main([str(out), "--stages", "--out", "a.npz"]), "--stages", "a.npz")
     raises(lambda: sample.main([str(out), "--steps", "4"]), "--steps 4", "it is 1")
 
-    run = lambda name="no", **options: train.train(tiny_run(tmp_path / name, **dict(loss="cat") | options))  # noqa: E731
+    run = lambda name="no", **options: train.train(tiny_run(tmp_path / name, **dict(loss="cat", model="glyph-S") | options))  # noqa: E731
     run("more", steps=1, lr=1e-9, init=str(out))
     more, before = checkpoint(tmp_path / "more")["networks"], checkpoint(out)
     assert all((more["G"]["weights"][k] - v).abs().max() < 1e-7 for k, v in before["ema"].items())
@@ -4569,25 +4578,32 @@ def test_train_compares_objectives(tmp_path, capsys, monkeypatch):
     raises(lambda: train.main(["--compare", "classifier", "--out", str(tmp_path)]), "classifier", "pafm")
 
 
-def test_train_on_latents(tmp_path, capsys):
-    """From images to latents to a run and its pictures: fm, cafm and pafm train on what encode wrote, sample.py decodes."""
+@pytest.fixture(scope="module")
+def encoded(tmp_path_factory):
+    """A folder with the codec vae.bin and with SMALL_SET's latents and features."""
+    folder = tmp_path_factory.mktemp("encoded")
     torch.manual_seed(0)
-    torch.save(data.VAE((32, 32, 32, 32)).state_dict(), tmp_path / "vae.bin")
-    vae, latents = str(tmp_path / "vae.bin"), str(tmp_path / "latents")
-    data.main(["encode", str(SMALL_SET), latents, "--vae", vae, "--size", "32", "--batch", "50", "--workers", "0", "--device", "cpu"])
+    torch.save(data.VAE((32, 32, 32, 32)).state_dict(), folder / "vae.bin")
+    data.main(["encode", str(SMALL_SET), str(folder / "latents"), "--vae", str(folder / "vae.bin"), "--encoder", SMALL_ENCODER,
+               *"--size 32 --batch 50 --workers 0 --device cpu".split()])
+    return folder
+
+
+def test_train_on_latents(tmp_path, encoded, capsys):
+    """From latents to a run and its pictures: fm and pafm train on what encode wrote, sample.py and scores decode."""
+    vae, latents = str(encoded / "vae.bin"), str(encoded / "latents")
     options = dict(data=latents, size=0, steps=2, predict="v", batch=4)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(model.ZOO, "glyph-S", model.ZOO["glyph-S"] | dict(patch=2))
+        patch.setitem(model.ZOO, "tiny", model.ZOO["tiny"] | dict(patch=2))
         train.train(tiny_run(tmp_path / "fm", vae=vae, **options))
         train.train(tiny_run(tmp_path / "pafm", loss="pafm", candidates=3, bank=4, **options))
         assert "no --vae" in capsys.readouterr().err and not (tmp_path / "pafm/samples/final.png").exists()
-        train.train(tiny_run(tmp_path / "cafm", loss="cafm", init=str(tmp_path / "fm"), d_steps=1, **options))
         for given in ({}, dict(vae=vae), dict(reference=str(SMALL_SET))):
             raises(lambda: train.train(tiny_run(tmp_path / "no", monitor=10, **given, **options)), "--monitor 10", "--reference")
     assert Image.open(tmp_path / "fm/samples/final.png").size[0] == 10 * 66 + 2
-    net, labels = model.load(tmp_path / "cafm/last.pt"), sample.labels_for(3, 10)
+    net, labels = model.load(tmp_path / "fm/last.pt"), sample.labels_for(3, 10)
     assert net.shape == (4, 4, 4)
-    sample.main([str(tmp_path / "cafm"), "--vae", vae, "--n", "3", "--steps", "2", "--out", str(tmp_path / "s.npz"), "--guide_channels", "3"])
+    sample.main([str(tmp_path / "fm"), "--vae", vae, "--n", "3", "--steps", "2", "--out", str(tmp_path / "s.npz"), "--guide_channels", "3"])
     assert "of the first 3 channels" in capsys.readouterr().out
     with np.load(tmp_path / "s.npz") as file:
         assert file["arr_0"].shape == (3, 32, 32, 3)
@@ -4597,7 +4613,7 @@ def test_train_on_latents(tmp_path, capsys):
     with torch.no_grad():
         want = data.to_uint8(codec.decode(sample.sample(net, e, labels, 2)))
     assert (want.int() - made.int()).abs().max() <= 1
-    raises(lambda: sample.main([str(tmp_path / "cafm"), "--n", "3"]), "--vae")
+    raises(lambda: sample.main([str(tmp_path / "fm"), "--n", "3"]), "--vae")
     with pytest.MonkeyPatch.context() as patch:  # --monitor scores decoded images
         patch.setattr(fid, "evaluate", lambda made, **how: dict(scores={}, shapes=[list(images.shape) for images in made]))
         train.monitor(net, train.Config(monitor=3, sample_steps=2), {}, 1, tmp_path / "scores.jsonl", codec)
@@ -4631,7 +4647,7 @@ def test_train_end_to_end(tmp_path, space, monkeypatch, capsys):
         assert "1 of 3" not in error_of(data.dataset, str(tmp_path / "latents")) and "2 of 3" in error_of(data.dataset, str(tmp_path / "latents"))
         data.main(flags)
         source = dict(data=str(tmp_path / "latents"), size=0, vae=vae[1])
-    monkeypatch.setitem(model.ZOO, "glyph-S", model.ZOO["glyph-S"] | dict(patch=2, depth=2, width=32, predict="v"))
+    monkeypatch.setitem(model.ZOO, "tiny", model.ZOO["tiny"] | dict(patch=2, depth=2, width=32, predict="v"))
     monkeypatch.setitem(model.ZOO, "JiT-S/16", model.ZOO["JiT-S/16"] | dict(patch=8, width=32, depth=3, heads=2, bottleneck=8, context=2, context_start=1))
     for loss in ("fm", "meanflow", "cafm"):
         out = tmp_path / loss
@@ -4665,16 +4681,12 @@ def test_train_cafm_on_jit(tmp_path):
     assert model.load(tmp_path / "cafm/last.pt").rope is not None
 
 
-def test_train_aligned(tmp_path):
+def test_train_aligned(tmp_path, encoded):
     """repa, reg and cat with its D aligned train on latents with stored features and on images with an encoder, stop and go on
     bit for bit, and start from each other; what an encoder is missing for is said."""
-    torch.manual_seed(0)
-    torch.save(data.VAE((32, 32, 32, 32)).state_dict(), tmp_path / "vae.bin")
-    latents = ["encode", str(SMALL_SET), str(tmp_path / "latents"), "--vae", str(tmp_path / "vae.bin"), *"--size 32 --batch 50 --workers 0 --device cpu".split()]
-    data.main([*latents, "--encoder", SMALL_ENCODER])
-    stored = dict(data=str(tmp_path / "latents"), size=0, predict="v", mirror="on")
+    stored = dict(data=str(encoded / "latents"), size=0, predict="v", mirror="on")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(model.ZOO, "glyph-S", model.ZOO["glyph-S"] | dict(patch=1, depth=2, width=32))
+        patch.setitem(model.ZOO, "tiny", model.ZOO["tiny"] | dict(patch=1, depth=2, width=32))
         train.train(tiny_run(tmp_path / "plain", steps=2, **stored))
         for loss in ("repa", "reg"):
             a, b, options = tmp_path / loss, tmp_path / f"{loss} again", dict(loss=loss, steps=4, log_every=1, **stored)
@@ -4692,7 +4704,9 @@ def test_train_aligned(tmp_path):
     train.train(tiny_run(tmp_path / "cat", loss="cat", steps=2, log_every=1, align=1.0, encoder=SMALL_ENCODER))
     assert [("misalignment" in row) for row in train.read_log(tmp_path / "cat/log.jsonl")] == [row["role"] == "D" for row in train.read_log(tmp_path / "cat/log.jsonl")]
     raises(lambda: train.train(tiny_run(tmp_path / "no", loss="repa")), "--encoder FILE.py:NAME")
-    data.main([*latents[:2], str(tmp_path / "bare"), *latents[3:]])
+    shutil.copytree(encoded / "latents", tmp_path / "bare")
+    about = json.loads((tmp_path / "bare/manifest.json").read_text())
+    (tmp_path / "bare/manifest.json").write_text(json.dumps({k: v for k, v in about.items() if k not in ("encoder", "features")}))
     raises(lambda: train.train(tiny_run(tmp_path / "no", loss="reg", **stored | dict(data=str(tmp_path / "bare")))), "data.py encode --encoder")
 
 
@@ -4700,7 +4714,7 @@ def test_train_experts(tmp_path):
     """A network of experts trains on several kinds of losses: the balance is logged and part of the loss, resuming is exact,
     and routing.json tells where tokens went."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(model.ZOO, "glyph-S", model.ZOO["glyph-S"] | dict(experts=3, depth=2, width=32))
+        patch.setitem(model.ZOO, "tiny", model.ZOO["tiny"] | dict(experts=3, depth=2, width=32))
         for loss in ("fm", "afm"):
             a, b, options = tmp_path / loss, tmp_path / f"{loss} again", dict(loss=loss, steps=4, log_every=1)
             train.train(tiny_run(a, **options))
@@ -4827,7 +4841,7 @@ def test_train_init_and_other_data(tmp_path):
         assert words in message and not (tmp_path / "d" / "last.pt").exists()
     cfg = tiny_run(tmp_path / "e", data=str(tmp_path / "set"), init=str(tmp_path / "a"), steps=1, lr=0.0)
     train.train(cfg)  # two classes instead of ten: the label table starts afresh, the rest is taken over
-    sigma = model.create("glyph-S", learn_sigma=True)  # as in official files: kept through --init and --resume
+    sigma = model.create("tiny", learn_sigma=True)  # as in official files: kept through --init and --resume
     torch.save({"networks": {"G": {"config": sigma.config, "weights": sigma.state_dict()}}, "ema": sigma.state_dict()},
                tmp_path / "sigma.pt")
     train.train(tiny_run(tmp_path / "f", init=str(tmp_path / "sigma.pt"), steps=1))
@@ -4871,7 +4885,7 @@ def test_train_full_disk_keeps_the_old_checkpoint(tmp_path):
     """When the new checkpoint does not fit (here by a limit on file sizes), the run stops with one line that says so, and
     the old one still loads."""
     out = tmp_path / "run"
-    train.train(tiny_run(out, steps=2))
+    train.train(tiny_run(out, steps=2, model="glyph-S"))
     before = (out / "last.pt").read_bytes()
     done = run(script=f"import resource, sys; sys.argv = ['train.py', '--resume', '--steps', '4', '--batch', '8', '--decay', "
                       f"'constant', '--sample_every', '0', '--score', '0', '--device', 'cpu', '--out', {str(out)!r}, '--data', {str(SMALL_SET)!r}];"
