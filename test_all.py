@@ -570,9 +570,10 @@ def test_data_encode_features(tmp_path):
     raises(lambda: data.Encoder(SMALL_ENCODER.replace(":patches", ":image"), 32), "(1, 3, 32, 32) for 1 images", "1 + patches")
 
 
-def test_data_run_alone_writes_a_grid(tmp_path):
-    done = run("data.py", "--out", tmp_path / "d.png", "--n", "20", cwd=HERE)
-    assert "20,000 images" in done.stdout and "2,000" in done.stdout, done.stderr
+def test_data_run_alone_writes_a_grid(tmp_path, capsys):
+    data.main(["--out", str(tmp_path / "d.png"), "--n", "20"])
+    shown = capsys.readouterr().out
+    assert "20,000 images" in shown and "2,000" in shown
     assert Image.open(tmp_path / "d.png").size[0] > 600
 
 
@@ -2874,9 +2875,10 @@ def test_losses_one_step_networks_learn_the_mixture(name, bound):
     assert errors["W1"] < bound, errors
 
 
-def test_losses_run_alone_writes_the_picture(tmp_path):
-    done = run("losses.py", "--steps", "10", "--controls", "--out", tmp_path / "l.png", cwd=HERE)
-    assert done.returncode == 0 and all(name in done.stdout for name in losses.SETTINGS), done.stderr
+def test_losses_run_alone_writes_the_picture(tmp_path, capsys):
+    losses.main(["--steps", "3", "--controls", "--out", str(tmp_path / "l.png")])
+    shown = capsys.readouterr().out
+    assert all(f" {name} " in shown for name in losses.SETTINGS | losses.CONTROLS)
     assert Image.open(tmp_path / "l.png").size[0] > 800
     raises(lambda: losses.main(["--losses", "cat"]), "--losses cat", "fm, meanflow", "needs images")
 
@@ -4140,25 +4142,26 @@ def start_endless_run(out: Path, processes: int) -> subprocess.Popen:
 SPLITS = {"fm": ((1, 4), (2, 1), (2, 2)), "afm": ((2, 1),)}  # (processes, accumulation); afm refuses accumulation
 SPLITS |= dict.fromkeys(("imf", "soflow", "shortcut", "ect", "scm", "repa", "reg"), ((2, 1),))  # quicker, and meanflow does both
 SEVERAL = """
-import sys, torch
+import os, sys, torch
 sys.path.insert(0, {here!r})
 import test_all
 torch.set_num_threads(1)
-for run in {wanted!r}:
-    test_all.float64_run({folder!r}, *run)
-test_all.reload_run({folder!r}, "sharded", shard=True)
-test_all.reload_run({folder!r}, "one, then sharded", shard=True, resume=True)
+if "RANK" in os.environ:
+    test_all.two_process_runs({folder!r})
+else:
+    test_all.one_process_runs({folder!r})
+    os.execv(sys.executable, [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", __file__])
 """
 
 
 def splits_of(loss) -> list:
-    """(processes, accumulation, sharded) of the runs that equal that of one process; sharded ones accumulate where others do.
+    """(processes, accumulation, sharded) of runs that are alike; sharded ones accumulate where others do, but cat (slow).
 
     Four call networks as others do, and are sharded in no test.
     """
     splits = SPLITS.get(loss, ((2, 2),))
-    sharded = [] if loss in ("pafm", "shortcut", "ect", "classifier") else [(*splits[-1], True)]
-    return [*((*split, False) for split in splits), *sharded]
+    sharded = [] if loss in ("pafm", "shortcut", "ect", "classifier") else [(2, 1 if loss == "cat" else splits[-1][1], True)]
+    return [(1, 1, False), *((*split, False) for split in splits), *sharded]
 
 
 @contextlib.contextmanager
@@ -4189,21 +4192,48 @@ def reload_run(folder, name, **options) -> None:
                              keep_every=3, schedule="5: d_reload=3", ema_reload=3, **ROLE_SETTINGS["cafm"] | options))
 
 
-@pytest.fixture(scope="module")
-def split_runs(tmp_path_factory):
-    """The folder of one run for every objective and split; those of two processes share one start of torchrun."""
+def one_process_runs(folder) -> None:
+    for loss in losses.LOSSES:
+        for split in splits_of(loss):
+            if split[0] == 1:
+                float64_run(folder, loss, *split)
+    reload_run(folder, "one")
+    (Path(folder) / "one, then sharded").mkdir()
+    for name in ("last.pt", "step_0000003.pt"):
+        shutil.copyfile(Path(folder) / "one/step_0000003.pt", Path(folder) / "one, then sharded" / name)
+
+
+def two_process_runs(folder) -> None:
+    for loss in losses.LOSSES:
+        for split in splits_of(loss):
+            if split[0] == 2:
+                float64_run(folder, loss, *split)
+    reload_run(folder, "sharded", shard=True)
+    reload_run(folder, "one, then sharded", shard=True, resume=True)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def runs_behind(request, tmp_path_factory):
+    """(folder, process) of the runs of `split_runs`, which are made beside the first tests: they take most of a minute."""
+    if not any("split_runs" in item.fixturenames for item in request.session.items):
+        yield None
+        return
     folder = tmp_path_factory.mktemp("split")
     shutil.copyfile(SMALL_SET, folder / "glyphs.npz")
-    wanted = [(loss, *split) for loss in losses.LOSSES for split in ((1, 1, False), *splits_of(loss))]
-    for run in wanted:
-        if run[1] == 1:
-            float64_run(folder, *run)
-    reload_run(folder, "one")
-    (folder / "one, then sharded").mkdir()
-    for name in ("last.pt", "step_0000003.pt"):
-        shutil.copyfile(folder / "one/step_0000003.pt", folder / "one, then sharded" / name)
-    (folder / "run.py").write_text(SEVERAL.format(here=str(HERE), folder=str(folder), wanted=[run for run in wanted if run[1] == 2]))
-    torchrun(2, folder / "run.py")
+    (folder / "run.py").write_text(SEVERAL.format(here=str(HERE), folder=str(folder)))
+    with open(folder / "output.txt", "w") as output:
+        process = subprocess.Popen([sys.executable, str(folder / "run.py")], stdout=output, stderr=output,
+                                   env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True)
+    yield folder, process
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+@pytest.fixture(scope="session")
+def split_runs(runs_behind):
+    """The folder of one run for every objective and split; those of two processes share one start of torchrun."""
+    folder, process = runs_behind
+    assert process.wait(timeout=400) == 0, (folder / "output.txt").read_text()[-3000:]
     return folder
 
 
@@ -4227,7 +4257,7 @@ def test_train_two_processes_equal_one(split_runs, loss):
     optimizers of one process to 1e-9, with and without accumulation, and log the same losses; accumulation alone changes
     nothing either."""
     whole = split_runs / loss / "(1, 1, False)"
-    for split in splits_of(loss):
+    for split in splits_of(loss)[1:]:
         assert_close_runs(whole, split_runs / loss / str(split))
     start, weights = tiny_run("", loss=loss, **ROLE_SETTINGS[loss]), checkpoint(whole)["networks"]["G"]["weights"]
     source, device = data.dataset(str(SMALL_SET), 32), torch.device("cpu")
