@@ -1406,8 +1406,8 @@ def load(path, ema: int = 1, kind: str = "", heads: int = 0) -> DiT:
     """A network in eval mode from our checkpoint or an official DiT, SiT, JiT or AFM file, in our time, as a velocity.
 
     ema: 1, the averaged weights where the file has both (JiT's first average of two, decay 0.9999); 2, JiT's second (0.9996);
-    0, the last weights. Official files do not tell two things: `kind`, "dit" (noise prediction), "sit" (velocity) or "afm" (jumps), else guessed from the file's
-    name; and `heads`, else known from the width.
+    0, the last weights. Official files do not tell two things: `kind`, "dit" (noise prediction), "sit" (velocity) or "afm"
+    (jumps), else guessed from the file's name; and `heads`, else known from the width.
     All sizes are read from the tensors. FileNotFoundError or ValueError say what is wrong with a file.
     """
     content = read_checkpoint(path)

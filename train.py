@@ -82,8 +82,8 @@ class Config:
     candidates: int = option(16, "pafm: images that an average is taken over, the sample itself and others of its class")
     bank: int = option(256, "pafm: images of each class that the others are drawn from")
     label_drop: float = option(0.1, "share of labels replaced by the null label, for guidance")
-    encoder: str = option("", "repa, reg, cat: FILE.py:NAME, a frozen image encoder, see README; latents bring their features along")
-    align: float = option(0.5, "repa, reg, and cat's D: weight of the alignment with the encoder's features; cat: where there are any")
+    encoder: str = option("", "repa, reg, cat: FILE.py:NAME, a frozen image encoder, see README; latents bring features along")
+    align: float = option(0.5, "repa, reg, and cat where there is an encoder: weight of the alignment with its features")
     align_block: int = option(0, "repa, reg: tokens are aligned after so many blocks; 0: a third of them, at most 8")
     token: float = option(0.03, "reg: weight of the loss of the encoder's token of the whole image")
     d_warmup: int = option(0, "cafm: steps of the discriminator alone before the generator's first")
@@ -638,8 +638,8 @@ def load_features(cfg: Config, source, mirror: bool, device: torch.device):
     if not role or role == "D" and not (cfg.align and (cfg.encoder or stored)):
         return None
     if stored and (cfg.encoder or role == "D" and cfg.augment):
-        raise ValueError(f"--encoder {cfg.encoder or '(none)'} --augment {cfg.augment}: {cfg.data} holds features of its images as they "
-                         f"are; use neither, or --align 0")
+        raise ValueError(f"--encoder {cfg.encoder or '(none)'} --augment {cfg.augment}: {cfg.data} holds features of its images as "
+                         f"they are; use neither, or --align 0")
     if stored:
         return data.StoredFeatures(source, mirror)
     if not cfg.encoder or source.shape[0] != 3:
