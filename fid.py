@@ -474,6 +474,7 @@ class InceptionV3(nn.Module):
             channels = getattr(self, name).channels
         self.fc = nn.Linear(channels, CLASSES[found])
         self.widths = dict(features=2048, spatial=17 * 17 * 7, logits=CLASSES[found])
+        self.at_once = sys.maxsize  # images that `extract` takes through the network together
         if state:
             try:
                 self.load_state_dict(state)
@@ -487,11 +488,15 @@ class InceptionV3(nn.Module):
         return super().train(False)
 
     def fast(self) -> "InceptionV3":
-        """Fold every batch normalisation, and on a CPU go through channels-last memory: features move by some 1e-6."""
+        """Fold every batch normalisation, and on a CPU take eight images at once, whose layers' outputs still fit into its
+        cache, through channels-last memory: features move by some 1e-6."""
         for unit in self.modules():
             if isinstance(unit, Conv):
                 unit.fold()
-        return self.to(memory_format=torch.channels_last) if self.fc.weight.device.type == "cpu" else self
+        if self.fc.weight.device.type == "cpu":
+            self.at_once = 8
+            self.to(memory_format=torch.channels_last)
+        return self
 
     @torch.no_grad()
     def outputs(self, x: Tensor) -> dict[str, Tensor]:
@@ -514,8 +519,11 @@ class InceptionV3(nn.Module):
 
     def extract(self, images: Tensor) -> dict[str, Tensor]:
         """uint8 (N, 3, h, w) -> what `outputs` gives."""
-        x = self.resizer(check_images(images))
-        return self.outputs(x / 127.5 - 1 if self.symmetric else (x - 128) / 128)
+        outs = []
+        for part in check_images(images).split(min(self.at_once, max(1, len(images)))):
+            x = self.resizer(part)
+            outs.append(self.outputs(x / 127.5 - 1 if self.symmetric else (x - 128) / 128))
+        return {name: torch.cat([out[name] for out in outs]) for name in self.widths}
 
     def forward(self, images: Tensor) -> Tensor:
         return self.extract(images)["features"]
@@ -1308,15 +1316,15 @@ def benchmark_extraction(device: torch.device, batch: int, rounds: int) -> float
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight)  # torch's own starting weights would let the features fade to 0
     images, plain = torch.randint(0, 256, (batch, 3, 256, 256), dtype=torch.uint8, device=device), plain.to(device)
-    folded, fast = (copy.deepcopy(plain).fast().to(memory_format=form)
-                    for form in (torch.contiguous_format, torch.channels_last))
-    nets = {"as built": plain, "folded": folded, "folded, channels-last": fast}
+    built_8, folded, fast = copy.deepcopy(plain), copy.deepcopy(plain).fast(), copy.deepcopy(plain).fast()
+    built_8.at_once, folded.at_once = 8, sys.maxsize
+    nets = {"as built": plain, "as built, 8 at once": built_8, "folded, channels-last": folded, "the same, 8 at once": fast}
     calls = {name: lambda net=net: net.extract(images)["features"].sum().item() for name, net in nets.items()}
     seconds = model.in_turn(calls, rounds, device.type)
     print(f"Feature extraction on {device}, batch {batch}, 256 x 256 pixels")
     for name, time_taken in seconds.items():
         print(f"  {name:22} {batch / time_taken:7.2f} images/s   {seconds['as built'] / time_taken:.2f} times as built")
-    return seconds["folded, channels-last"] / batch
+    return seconds["the same, 8 at once"] / batch
 
 
 def benchmark_rest(device: torch.device, n: int, per_image: float) -> None:

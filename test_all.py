@@ -3485,6 +3485,12 @@ def test_fid_inception_golden():
     assert seen[0].is_contiguous(memory_format=torch.channels_last)
     for name in out:
         close(again[name].flatten(), out[name][1:].flatten(), 1e-5)
+    calls, images = [], data.glyphs(3)[0]
+    net.outputs = lambda x: calls.append(len(x)) or {name: x.flatten(1)[:, :width] for name, width in net.widths.items()}
+    assert net.at_once == 8
+    net.at_once, whole = 2, net.extract(images)
+    parts = net.extract(images)
+    assert calls == [3, 2, 1] and all(torch.equal(parts[name], whole[name]) for name in out)     # in their order
 
 
 def test_fid_inception_pooling():
@@ -4006,13 +4012,14 @@ def test_fid_command_line(tmp_path, capsys):
 
 
 def test_fid_benchmark_prints_its_tables(capsys):
-    """The comparisons run, at a small size: both Frechet distances are right, and three networks are timed."""
+    """The comparisons run, at a small size: both Frechet distances are right, and four ways through the network are timed."""
     fid.benchmark_distance(48)
     lines = capsys.readouterr().out.splitlines()
     errors = [float(line.split()[2]) for line in lines if " error " in line]
     assert len(errors) == 2 and max(map(abs, errors)) < 1e-9 and "times as long" in lines[-1]
     assert fid.benchmark_extraction(torch.device("cpu"), 1, 1) > 0
-    assert [line.split("  ")[1] for line in capsys.readouterr().out.splitlines()[1:]] == ["as built", "folded", "folded, channels-last"]
+    assert [line.split("  ")[1] for line in capsys.readouterr().out.splitlines()[1:]] == [
+        "as built", "as built, 8 at once", "folded, channels-last", "the same, 8 at once"]
 
 
 RANKS = """
