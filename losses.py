@@ -254,7 +254,7 @@ def posterior_mean(x: Tensor, e: Tensor, t: Tensor, others: Tensor) -> tuple[Ten
 
 
 def repa(net, x: Tensor, y: Tensor, draws: data.Draws, cfg, features) -> tuple[Tensor, dict]:
-    """Representation alignment: E |v_net(x_t, t, y) - (e - x)|^2 + align E[1 - cos(h, z)]   (arXiv:2410.06940, Eqs. 8, 9)
+    """Representation alignment: E |v_net(x_t, t, y) - (e - x)|^2 + align E[1 - cos(h, z)]   (arXiv:2410.06940 and its loss.py)
 
     h: the network's tokens after one of its first blocks, by a projector; z: a frozen encoder's features of the same
     patches of x, without noise. So the first blocks need not find out by themselves what is in an image.
@@ -272,11 +272,11 @@ def repa(net, x: Tensor, y: Tensor, draws: data.Draws, cfg, features) -> tuple[T
 
 
 def reg(net, x: Tensor, y: Tensor, draws: data.Draws, cfg, features) -> tuple[Tensor, dict]:
-    """Representation entanglement: `repa` of images that carry the encoder's token of them along, as part of what is
+    """Representation entanglement: `repa` of images that are denoised together with the encoder's token of them:
 
-    denoised: E |v_image - v|^2 + token E |v_token - v|^2 + align * misalignment of all tokens   (arXiv:2507.01467, Eqs. 4-8)
+        E |v_net - v|^2 over the image + token E |v_net - v|^2 over the token + align E[1 - cos(h, z)]
 
-    One time for both, and noise of the token's own. The network is a `model.TokenDiT`, its state the two side by side.
+    (arXiv:2507.01467 and its loss.py.) One time for both, and noise of the token's own. The network is a `model.TokenDiT`, its state the two side by side.
     """
     t = sample_times(draws, cfg)
 

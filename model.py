@@ -1419,8 +1419,8 @@ def load(path, ema: int = 1, kind: str = "", heads: int = 0) -> DiT:
     else:
         weights = official_weights(content, path, ema)
         config = official_config(weights, path, kind, heads)
-        own_time = any("projectors." in k for part in (content, content.get("ema", {})) for k in part)
-        if kind_of(path, kind, weights) == "sit" and not own_time:  # REPA's files, told by their projectors, have our time
+        own_time = any("projectors" in k for part in (content, content.get("ema", {})) for k in part)
+        if kind_of(path, kind, weights) == "sit" and not own_time:  # REPA's and REG's, told by projectors, have our time
             weights = reverse_time(weights)
         if kind_of(path, kind, weights) == "jit":
             weights = turn_time(weights)  # it predicts the image: only its clock runs the other way
