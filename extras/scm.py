@@ -1,0 +1,79 @@
+"""sCM: consistency training in continuous time (arXiv:2410.11081).
+
+Beside `ect` in losses.py: the same jumps to the data, but their change along the flow is a derivative of the
+network (one forward-mode pass, as in meanflow) instead of a step to a nearby time, so there is no schedule of
+steps; the size of that change is normalised instead. As the target moves with the network, it needs a low
+learning rate.
+
+    python train.py --loss scm --init runs/glyphs --out runs/scm     --data_std: of your data's pixels
+    python sample.py runs/scm --n 100 --steps 2                      1 by default, re-noised between steps
+    python -m extras.scm                                             beside ect on the 1-D mixture
+
+1-D mixture, seed 0, W1 in 1, 2, 4 and 50 steps: 0.098, 0.078, 0.069, 0.035 (ect: 0.099, 0.080, 0.081, 0.072);
+rms to the exact flow map in one step: 0.161 (0.171).
+
+glyphs from scratch, FD-glyphs / accuracy of 1,000 samples in 1, 2, 4 and 50 steps, 1,500 training steps:
+844 / 0.096, 692 / 0.096, 821 / 0.112, 1418 / 0.103, so no digits in this time (nor from ect: 1150 / 0.096 in
+one step); a step takes 2.2 of fm's time (one run each, one thread of a busy machine, 2026-11-21). With the
+rate and times of fm it diverges.
+"""
+import sys
+
+from torch import Tensor
+
+import data
+import losses
+import model
+from data import option
+from losses import drop_labels, expand_dims, interpolate, progress, sample_times, velocity_target
+
+
+def scm(net, x: Tensor, y: Tensor, draws: data.Draws, cfg) -> tuple[Tensor, dict]:
+    """Consistency training in continuous time: E |F - sg(F + g / (|g| + 0.1))|^2
+
+    (sCM, arXiv:2410.11081, Eq. 8) for the change of f(x_t, t) = x_t - t u(x_t, t) along the way, df/dt =
+    v - u - t du/dt: MeanFlow's jumps to r = 0. The paper's circle, tan a = t / ((1 - t) sd) for data of
+    deviation sd, is our line by another scale: with S^2 = sd^2 (1 - t)^2 + t^2 its g = cos a df/da is
+    (1 - t) S df/dt, and its network F is u S / sd plus what has no weights.
+
+    paper: a learned weight of each t; here: none, as g, once normalised (|.|: root of the mean over pixels),
+    is alike at all t. paper: a factor that grows from 0 to 1 before all that moves with a; here: before
+    du/dt, over a fifth of the run.
+    """
+    t = sample_times(draws, cfg)
+
+    e = draws.normal("noise", x.shape[1:])
+    x_t, y = interpolate(x, e, t), drop_labels(net, y, draws, cfg)
+
+    v, u = velocity_target(net, x, e, x_t, t), net(x_t, t, y)
+    _, dudt = model.time_derivative(net, x_t, t, y, v.to(x_t.dtype))
+    dfdt = v - u.detach() - min(1, 5 * progress(draws, cfg)) * expand_dims(t, x) * dudt
+    S = ((cfg.data_std * (1 - t)) ** 2 + t ** 2).sqrt()
+    g = expand_dims((1 - t) * S, x) * dfdt
+    size = g.square().flatten(1).mean(1).sqrt()
+    target = u.detach() + g / expand_dims((size + 0.1) * S / cfg.data_std, x)
+
+    error = (u - target) * expand_dims(S / cfg.data_std, x)
+    return error.square().mean(), {"tangent": size.mean()}
+
+
+def check_scm(cfg) -> None:
+    if not cfg.data_std > 0:
+        raise ValueError(f"--data_std {cfg.data_std}: expected a deviation above 0")
+
+
+FLAGS = dict(data_std=option(0.42, "standard deviation of the data's pixels (glyphs: 0.42)"))
+
+losses.register("scm", scm, flags=FLAGS, check=check_scm, sampling=losses.consistency_model,
+                defaults=dict(lr=1e-3, label_drop=0.0, time_mean=-1.0, time_std=1.4, sample_steps=1),
+                points=dict(steps=2500, ema=0.99, data_std=1.1))
+
+
+def main(argv: list[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
+    run = data.extra("mixture", "python -m extras.scm").main
+    run(["--losses", "ect,scm", "--out", "scm.png", *argv])
+
+
+if __name__ == "__main__":
+    data.run_cli(main)

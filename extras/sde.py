@@ -1,0 +1,44 @@
+"""SiT's stochastic sampler (arXiv:2401.08740): the reverse SDE, with the marginals of the flow.
+
+    python sample.py runs/glyphs --solver sde --steps 250
+    python -m extras.sde runs/glyphs --steps 250        the same
+"""
+import typing
+
+import numpy as np
+from torch import Tensor
+
+import data
+import sample
+
+
+def sde(velocity: typing.Callable, x: Tensor, y: Tensor, times: list[float], draws: data.Draws) -> Tensor:
+    """Euler-Maruyama on the reverse SDE with diffusion w(t) = t (SiT's default `sigma`): from t to t - h,
+
+        x <- x - h (v - w s) + sqrt(2 w h) n,   score s = -(x + (1 - t) v) / t,
+
+    and the last step, from t = 0.04, without its noise (SiT, arXiv:2401.08740, Sec. 2; in the paper's symbols
+    w_t = 2 w). All steps but the last are laid over [0.04, 1], in the form of the grid `times`.
+    """
+    last, n = 0.04, len(times) - 1
+    where = np.linspace(0, n, n)  # n - 1 steps where the grid has n
+    times = [*(last + (1 - last) * np.interp(where, range(n + 1), times)).tolist(), 0.0]
+    for k, (t, r) in enumerate(zip(times, times[1:])):
+        h = t - r
+        v = velocity(x, t, y)
+        w_score = -(x + (1 - t) * v)                                                     # w s with w = t
+        x = x - h * (v - w_score)
+        if r > 0:
+            x = x + (2 * t * h) ** 0.5 * draws.normal(f"sde {k}", x.shape[1:]).to(x)
+    return x
+
+
+sample.SOLVERS["sde"] = sde
+
+
+def main() -> None:
+    sample.main([*data.sys.argv[1:], "--solver", "sde"])
+
+
+if __name__ == "__main__":
+    data.run_cli(main)

@@ -1,0 +1,138 @@
+"""The folder itself: every extra stands alone, and breaks only what names it. And the SDE solver."""
+import ast
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import data
+import losses
+import sample
+from extras import sde
+from test_all import ExactNet, quantile_noise, quick_draws, run, tiny
+
+FILES = Path(sde.__file__).parent.glob("*.py")
+NAMES = sorted(path.stem for path in FILES if not path.stem.startswith("test"))
+
+CHILDREN = """
+import importlib, json, os, sys
+import data, fid, losses, model, sample, train
+names, here = json.loads(sys.argv[1]), data.extra_file("any").parent
+
+class Absent:  # finds nothing under the name of a file that was removed
+    def find_spec(self, name, *_):
+        if name == f"extras.{removed}":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+def in_a_child(work):
+    read, write = os.pipe()
+    if not os.fork():
+        sys.stdout = sys.stderr = open(os.devnull, "w")
+        try:
+            answer = work()
+        except BaseException as error:
+            answer = f"{type(error).__name__}: {error}"
+        os.write(write, json.dumps(answer).encode())
+        os._exit(0)
+    os.close(write)
+    answer = b""
+    while part := os.read(read, 65536):
+        answer += part
+    os.wait()
+    os.close(read)
+    return json.loads(answer)
+
+def alone():
+    importlib.import_module(f"extras.{name}")
+    return sorted(m.removeprefix("extras.") for m in sys.modules if m.startswith("extras."))
+
+def without():
+    sys.meta_path.insert(0, Absent())
+    there, failed = data.extra_file, {}
+    data.extra_file = lambda file: there(f"no {file}" if file == removed else file)
+    for other in names:
+        if other != removed:
+            try:
+                data.extra(other, "it")
+            except ValueError as error:
+                failed[other] = str(error)
+    return failed
+
+def theirs():
+    for name in names:
+        importlib.import_module(f"extras.{name}")
+    return [m for m in sys.modules if not m.startswith("extras") and m != "__main__"]
+
+for module in in_a_child(theirs):  # what other packages they import, once for all children
+    try:
+        importlib.import_module(module)
+    except Exception:
+        pass
+
+found = {}
+for name in names:
+    removed = name
+    found[name] = in_a_child(alone), in_a_child(without)
+print(json.dumps(found))
+"""
+
+
+def source(name: str) -> str:
+    return (Path(sde.__file__).parent / f"{name}.py").read_text()
+
+
+def needs(asked: bool) -> dict:
+    """Of each extra those that it imports at its top, or that it asks data.extra for, and what these need."""
+    found = {}
+    for name in NAMES:
+        nodes = [n for n in ast.parse(source(name)).body if isinstance(n, ast.ImportFrom)]
+        found[name] = {alias.name for node in nodes if node.module == "extras" for alias in node.names}
+        found[name] |= {node.module[7:] for node in nodes if node.module.startswith("extras.")}
+        found[name] |= {other for other in NAMES if asked and f'extra("{other}"' in source(name)}
+    for _ in NAMES:
+        found = {name: own.union(*(found[other] for other in own)) for name, own in found.items()}
+    return found
+
+
+def test_extras_stand_alone_and_break_only_what_names_them():
+    """Each imports in a process of its own, with none but those it names; without it only those fail."""
+    done = run("-c", CHILDREN, json.dumps(NAMES))
+    assert done.returncode == 0, done.stderr[-2000:]
+    surely, perhaps = needs(False), needs(True)
+    for name, (loaded, failed) in json.loads(done.stdout).items():
+        assert {name} | surely[name] <= set(loaded) <= {name} | perhaps[name], (name, loaded)
+        assert {other for other in NAMES if name in surely[other]} <= set(failed), (name, failed)
+        assert set(failed) <= {other for other in NAMES if name in perhaps[other]}, (name, failed)
+        assert all(name in text and "\n" not in text for text in failed.values()), (name, failed)
+
+
+def test_sde_keeps_the_marginals():
+    """For N(0, s^2) data the Euler-Maruyama variance obeys its recursion, and so samples end with std near s;
+    the one with w for 2 w (a mix of the paper's and the code's symbols) would not."""
+    s, steps, n = 0.5, 100, 40_000
+    gaussian = losses.Mixture(torch.zeros(1, 1).double(), torch.tensor([s]).double(), torch.ones(1).double())
+    e = quantile_noise(n)[torch.randperm(n, generator=data.generator("sde"))]
+    x = sample.sample(ExactNet(gaussian), e, torch.zeros(n).long(), steps, "sde", draws=quick_draws(0, n))
+    variance, times = 1.0, [*np.linspace(1, .04, steps), 0]
+    for t, r in zip(times, times[1:]):
+        h, total = t - r, (1 - t) ** 2 * s * s + t * t
+        slope = (t - (1 - t) * s * s) / total + t / total                # v - w s = slope x with w = t
+        variance = (1 - h * slope) ** 2 * variance + (2 * t * h if r > 0 else 0)
+    assert abs(x.var().item() / variance - 1) < 0.03, (x.var(), variance)
+    assert abs(variance ** .5 - s) < 0.02
+    asked = []
+    sde.sde(lambda x, t, y: asked.append(t) or x, e[:2], None, sample.time_grid(10), quick_draws(0, 2))
+    assert np.allclose(asked, np.linspace(1, .04, 10))
+
+
+def test_sde_noise_depends_on_seed_and_sample_only():
+    """Batches may be split in any way: the same images; another seed gives others."""
+    net, labels = tiny(predict="x"), sample.labels_for(12, 10)
+
+    def images(seed, batch):
+        made = sample.generate(net, labels, seed, batch, steps=4, solver="sde")
+        return torch.cat([x for _, x in made]).int()
+
+    assert (images(0, 12) - images(0, 5)).abs().max() <= 1
+    assert (images(0, 12) - images(1, 12)).abs().max() > 20
