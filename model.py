@@ -224,8 +224,8 @@ _backend = "fused"
 def attention_backend(name: str):
     """Select a backend of `ATTENTION` inside the with block; outside it is "fused"."""
     global _backend
-    if name not in ATTENTION:
-        data.extra("attention", f"attention backend {name!r}")
+    if name not in ATTENTION and data.extra_file("attention").is_file():
+        data.extra("attention", name)
     data.lookup(ATTENTION, name, "attention backend")
     before, _backend = _backend, name
     try:
