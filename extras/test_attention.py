@@ -1,4 +1,4 @@
-"""Fragment: tests of attention.py, attention_table.py, cafm_routes.py, benchmark*.py, for test_extras.py."""
+"""Tests of attention.py, attention_table.py, cafm_routes.py and benchmark*.py."""
 import functools
 import os
 import subprocess

@@ -1,5 +1,4 @@
-"""Fragment: tests of extras/metrics, bias, mmhm, spread, stored, inception, inception_blocks, monitor,
-benchmark_fid."""
+"""Tests of metrics, bias, mmhm, spread, stored, inception, inception_blocks, monitor and benchmark_fid."""
 import numpy as np
 import pytest
 import torch
