@@ -54,6 +54,7 @@ def test_metrics_neighbour_scores():
     assert (back["precision"], back["recall"]) == (got["recall"], got["precision"])
     turn = 3 * torch.linalg.qr(rand(5, 5, seed=3)).Q
     assert scores(real @ turn + 1, fake @ turn + 1) == got
+    assert scores((real + 1e3).float(), (fake + 1e3).float()) == got  # far from 0, in float32
     many = torch.cat([real + k * 1e3 for k in range(20)]), torch.cat([fake + k * 1e3 for k in range(20)])
     assert all(abs(value - got[name]) < 1e-9 for name, value in scores(*many).items())
     assert set(scores(real, real).values()) == {1.0}
@@ -185,6 +186,8 @@ def test_metrics_on_glyph_net_and_command_line(tmp_path, capsys):
     assert list(values(found)) == ["fd_glyphs", *names, "accuracy"]
     floor = fid.score_glyphs(data.glyphs(150, seed=5)[0])["floor"]
     assert abs(found["scores"]["fd_glyphs"]["floor"] - floor) < 1e-6 < found["scores"]["fd_glyphs"]["bias"]
+    alone = fid.evaluate(npz, "glyphs", features="glyphs", device="cpu", metrics="recall")
+    assert values(alone) == {name: values(found)[name] for name in ("recall_glyphs", "accuracy")}
     for name in ("kid", "is", "sfid"):
         raises(lambda: fid.evaluate(npz, "glyphs", features="glyphs", metrics=name), f"--metrics {name}")
     metrics.main([])
@@ -468,8 +471,11 @@ def test_inception_has_the_names_and_sizes_of_the_files():
         shapes = inception_shapes(flavour)
         trained = [s for n, s in shapes.items() if not n.endswith(("running_mean", "running_var"))]
         assert len(shapes) == tensors and sum(int(np.prod(s)) for s in trained) == parameters
-    assert shapes["Mixed_7c.branch3x3dbl_3b.conv.weight"] == (384, 384, 3, 1)
-    assert shapes["Mixed_6b.branch7x7dbl_4.conv.weight"] == (128, 128, 7, 1)
+    rows = "branch7x7_2 branch7x7dbl_3 branch7x7dbl_5 branch7x7x3_2 branch3x3_2a branch3x3dbl_3a".split()
+    columns = "branch7x7_3 branch7x7dbl_2 branch7x7dbl_4 branch7x7x3_3 branch3x3_2b branch3x3dbl_3b".split()
+    for name in [name for name in shapes if name.endswith("conv.weight")]:
+        unit, (*_, high, wide) = name.split(".")[-3], shapes[name]
+        assert (high < wide, high > wide) == (unit in rows, unit in columns), name
     assert shapes["fc.weight"] == (1008, 2048)
     assert fid.InceptionV3 is inception.InceptionV3 and fid.load_inception is inception.load_inception
     assert not hasattr(fid, "NoSuchThing")
