@@ -59,7 +59,7 @@ class Objective:
     inputs: Callable = lambda role, cfg, source, net: ()  # further arguments of that role's loss
     sampling: Callable = lambda cfg: {}           # how its samples are made, where that is no choice
     check: Callable = lambda cfg: None            # ValueError for impossible settings
-    rate: Callable = lambda role, cfg: role == "D" and cfg.d_lr or cfg.lr
+    rate: Callable = lambda role, cfg: role == "D" and getattr(cfg, "d_lr", 0) or cfg.lr
     alarm: float = 0.0                            # a mean loss of D below this: D has won
     draws_images: bool = True                     # whether a run has pictures to show
     points: dict = field(default_factory=dict)    # its settings on the 1-D mixture, if any

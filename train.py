@@ -290,7 +290,7 @@ def build_all(cfg: Config, source: data.Dataset, device: torch.device) -> dict:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(data.fold(cfg.seed, "weights of D"))
             nets["D"] = D = losses.find(cfg.loss).discriminator(cfg, nets["G"])
-        if cfg.d_init and not cfg.resume:
+        if getattr(cfg, "d_init", "") and not cfg.resume:
             weights = model.discriminator_weights(sample.find_checkpoint(cfg.d_init), cfg.loss)
             model.load_weights(D, weights, cfg.d_init)
         elif cfg.init and not cfg.resume and isinstance(D, model.Discriminator):
