@@ -411,7 +411,7 @@ def test_data_every_option_is_used():
     for file in (data, sample, fid, train):
         text = Path(file.__file__).read_text() + Path(losses.__file__).read_text() * (file is train)
         for name in [field.name for field in dataclasses.fields(file.Config)] + flags * (file is train):
-            assert re.search(rf"\bcfg\.{name}\b", text), f"{file.__name__} --{name}"
+            assert re.search(rf'\bcfg(\.{name}\b|, "{name}")', text), f"{file.__name__} --{name}"
 
 
 def test_data_run_alone_writes_a_grid(tmp_path, capsys):
