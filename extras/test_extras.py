@@ -1,6 +1,7 @@
 """The folder itself: every extra stands alone, and breaks only what names it. And the SDE solver."""
 import ast
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import data
 import losses
 import sample
 from extras import sde
-from test_all import ExactNet, quantile_noise, quick_draws, run, tiny
+from test_all import HERE, ExactNet, quantile_noise, quick_draws, run, tiny
 
 FILES = Path(sde.__file__).parent.glob("*.py")
 NAMES = sorted(path.stem for path in FILES if not path.stem.startswith("test"))
@@ -105,6 +106,15 @@ def test_extras_stand_alone_and_break_only_what_names_them():
         assert {other for other in NAMES if name in surely[other]} <= set(failed), (name, failed)
         assert set(failed) <= {other for other in NAMES if name in perhaps[other]}, (name, failed)
         assert all(name in text and "\n" not in text for text in failed.values()), (name, failed)
+
+
+def test_extras_and_the_core_run_alone():
+    """What has a `main` ends in calling it; an extra without one is not said to run alone."""
+    for name in ["data", "fid", "losses", "model", "sample", "train", *(f"extras/{name}" for name in NAMES)]:
+        text = (HERE / f"{name}.py").read_text()
+        ending = r'\nif __name__ == "__main__":\n    (data\.)?run_cli\((\w+\.)?main\)\n$'
+        said = "\ndef main(" in text or f"python -m {name.replace('/', '.')} " in text
+        assert bool(re.search(ending, text)) == said, name
 
 
 def test_sde_keeps_the_marginals():
