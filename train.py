@@ -450,7 +450,7 @@ class Log:
         for role, row in rows.items():
             wrong = self.alarm(row, self.first.setdefault(role, row))
             if wrong and wrong not in self.told:  # once
-                data.note(f"step {step + 1}: {wrong} (loss {row['loss']:.4g})")
+                data.note(f"step {step + 1}: {wrong} (loss {row['loss']:.3f})")
                 self.told.add(wrong)
         bar.set_postfix(loss=f"{means['loss']:.4f}", img_s=f"{speed:.0f}", refresh=False)
 
