@@ -2,8 +2,8 @@
 
     python -m pytest              these and the tests of extras/;   -k WORD: those with it in their names
 
-A test's docstring is its claim. Truth comes from closed forms (the Gaussian mixture of losses.py, whose
-velocity, score and flow map are known), from golden numbers computed with the official model definitions, or
+A test's docstring is its claim. Truth comes from closed forms (Gaussian data, whose velocity and flow map
+are known), from golden numbers computed with the official model definitions, or
 from doing the same thing two ways. Tolerances: float64 identities 1e-9 and better, float32 against another
 float32 program 1e-5 of the rms.
 """
@@ -142,25 +142,6 @@ def in_float64():
         yield
     finally:
         torch.set_default_dtype(torch.float32)
-
-
-HALVES = torch.tensor([0.5, 0.5])
-FLOAT_MODES = losses.Mixture(torch.tensor([[-1.5], [1.5]]), HALVES, HALVES)
-TWO_MODES = losses.Mixture(torch.tensor([[-1.5], [1.5]]).double(), HALVES.double(), HALVES.double())
-
-
-class ExactNet(nn.Module):
-    """The exact velocity of a mixture in place of a network: a label is a component, the null label all."""
-    predict, t_min, null_class, guidance_conditioned = "v", 0.0, True, False
-
-    def __init__(self, mixture):
-        super().__init__()
-        self.mixture, self.num_classes, self.rows = mixture, len(mixture.weights), 0
-
-    def forward(self, x_t, t, y, r=None):
-        self.rows += len(x_t)
-        given = self.mixture.velocity(x_t, t, y.clamp_max(self.num_classes - 1))
-        return torch.where((y == self.num_classes)[:, None], self.mixture.velocity(x_t, t), given)
 
 
 # Golden numbers: weights and inputs from formulas, so that no weight file is needed.
@@ -673,35 +654,13 @@ class GaussianMap(nn.Module):
         return self.wrong * (slope[:, None] * (x_t - (1 - t)[:, None] * self.m) - self.m)
 
 
-def test_losses_mixture_is_consistent():
-    """The closed forms agree with one another: score = grad log density by autograd, score = -(x + (1 - t) v)
-    / t, the flow map follows the velocity, and v of one component is the Gaussian's."""
-    means = torch.tensor([[-1., 0.5], [1., 0.], [0., 2.]]).double()
-    stds, weights = torch.tensor([[.2, .5, .3], [.3, .5, .2]]).double()
-    x, t = torch.randn(50, 2).double().requires_grad_(), torch.rand(50, 1).double() * .9 + .05
-    mixture = losses.Mixture(means, stds, weights)
-    std = (((1 - t) * stds) ** 2 + t ** 2).sqrt()
-    parts = torch.distributions.Normal((1 - t[..., None]) * means, std[..., None])
-    log_p = torch.logsumexp(parts.log_prob(x[:, None]).sum(-1) + weights.log(), 1)
-    score = torch.autograd.grad(log_p.sum(), x)[0]
-    assert (mixture.score(x, t[:, 0]) - score).abs().max() < 1e-12
-    assert (-(x + (1 - t) * mixture.velocity(x, t[:, 0])) / t - score).abs().max() < 1e-11
-    x, t, h = torch.randn(20, 1).double(), torch.full((20,), .6).double(), 1e-4
-    slope = (TWO_MODES.flow(x, t, t + h) - TWO_MODES.flow(x, t, t - h)) / (2 * h)
-    assert (slope - TWO_MODES.velocity(x, t)).abs().max() < 1e-6
-    one = losses.Mixture(TWO_MODES.means[1:], TWO_MODES.stds[1:], torch.ones(1).double())
-    assert torch.allclose(TWO_MODES.velocity(x, t, torch.ones(20).long()), one.velocity(x, t))
-
-
 def test_losses_fm_values():
     """For N(m, s^2) fm's least loss is the mean over t of Var(e - x | x_t) = s^2 / ((1-t)^2 s^2 + t^2). A
     perfect x prediction has no loss at any t, below t_min too; another costs |x - x_net|^2 / max(t,
     t_min)^2."""
     s, n, t = 0.5, 200_000, (torch.arange(10000) + .5) / 10000
-    gaussian = losses.Mixture(torch.tensor([[.7]]), torch.tensor([s]), torch.ones(1))
-    best = network(lambda x, t, y: gaussian.velocity(x, t))
-    x, y = gaussian.sample(n, data.generator("fm value"))
-    loss, _ = losses.fm(best, x, y, quick_draws(0, n), on_points("fm"))
+    x, y = 0.7 + s * rand(n, 1), torch.zeros(n).long()
+    loss, _ = losses.fm(GaussianMap(s=s), x, y, quick_draws(0, n), on_points("fm"))
     assert abs(loss / (s * s / ((1 - t) ** 2 * s * s + t ** 2)).mean() - 1) < 0.02
 
     net, x, y = tiny(predict="x"), torch.rand(64, 3, 8, 8) * 2 - 1, torch.arange(64) % 10
@@ -749,18 +708,15 @@ def quantile_noise(n: int) -> torch.Tensor:
     return torch.special.ndtri((torch.arange(n, dtype=torch.float64) + 0.5) / n)[:, None]
 
 
-def solve(solver: str, steps: int, n: int = 200, **options) -> torch.Tensor:
-    net, y = ExactNet(TWO_MODES), torch.full((n,), 2)
-    return sample.sample(net, quantile_noise(n), y, steps, solver, **options)
-
-
 def test_sample_solvers_reach_the_exact_flow_map_with_their_order():
-    """On the mixture's exact velocity, Euler converges with order 1, Heun and AB2 with order 2, on uniform
+    """On a Gaussian's exact velocity, Euler converges with order 1, Heun and AB2 with order 2, on uniform
     and on bent time grids; none with the wrong sign or time direction."""
-    exact = TWO_MODES.flow(quantile_noise(200), torch.ones(200).double(), torch.zeros(200).double())
+    exact, e, y = GaussianMap(), quantile_noise(200), torch.zeros(200).long()
+    net, end = network(lambda x, t, y, r=None: exact(x, t)), 0.7 + 0.4 * e
     for solver, order, grid in (("euler", 1, {}), ("heun", 2, {}), ("ab2", 2, {}), ("ab2", 2, dict(rho=2.0)),
                                 ("heun", 2, dict(shift=2.0)), ("euler", 1, dict(shift=2.0))):
-        coarse, fine = ((solve(solver, steps, **grid) - exact).square().mean().sqrt() for steps in (80, 320))
+        coarse, fine = ((sample.sample(net, e, y, steps, solver, **grid) - end).square().mean().sqrt()
+                        for steps in (80, 320))
         found = math.log(coarse / fine) / math.log(4)
         assert abs(found - order) < 0.15 and fine < (0.02 if order == 1 else 2e-4), (solver, grid, found)
 
@@ -785,10 +741,20 @@ def test_sample_steps_and_grids_are_the_textbook_ones():
     assert abs(found - (x - 0.25 * (x + 0.25))) < 1e-12
 
 
+class Counted(nn.Module):
+    """The exact velocity of N(0.7, 0.4^2) under label 0, and half of it under the null label; counts rows."""
+    null_class, num_classes, guidance_conditioned, rows = True, 1, False, 0
+
+    def forward(self, x_t, t, y, r=None):
+        self.rows += len(x_t)
+        return GaussianMap()(x_t, t) * (1 - y / 2)[:, None]
+
+
+@torch.no_grad()
 def test_sample_guidance():
     """s = 1 and times outside the interval change nothing, bit for bit; s = 3 is v_0 + 3 (v - v_0);
     autoguidance by the network itself is the identity; the number of network rows is as printed."""
-    net, x, y = ExactNet(TWO_MODES), quantile_noise(50), torch.ones(50).long()
+    net, x, y = Counted(), quantile_noise(50), torch.zeros(50).long()
     t = torch.full((50,), .5).double()
     plain, null = net(x, t, y), net(x, t, y + 1)
     assert torch.equal(sample.guided(net)(x, .5, y), plain)

@@ -13,8 +13,6 @@ steps by `cafm`, 7.2 by forward, 3.6 by finite, with 113, 164 and 84 MB (2 CPU c
 
 `python -m extras.cafm_routes` trains all three on a 1-D mixture and compares them with its closed form.
 """
-import dataclasses
-
 import torch
 from torch import Tensor
 
@@ -121,17 +119,10 @@ losses.register("cafm_routes", cafm_routes_G, cafm_routes_D, turn=CAFM.turn, ala
                 points=CAFM.points)
 
 
-@dataclasses.dataclass
-class Config:
-    steps: int = option(0, "steps of each; 0: as many as it needs")
-    out: str = option("cafm_routes.png", "the picture to write")
-
-
 def main(argv: list[str] | None = None) -> None:
-    cfg = data.parse(Config, argv, "Train CAFM on a 1-D mixture by every route.")
-    changes = dict(steps=cfg.steps) if cfg.steps else {}
-    runs = {"cafm": changes, "cafm_routes": changes, "cafm_routes, finite": changes | dict(route="finite")}
-    data.extra("mixture", "the 1-D mixture").show(runs, cfg.out)
+    runs = {"cafm": {}, "cafm_routes": {}, "cafm_routes, finite": dict(route="finite")}
+    command = data.extra("mixture", "the 1-D mixture").command
+    command(argv, "Train CAFM on a 1-D mixture by every route.", "cafm_routes.png", lambda cfg: runs)
 
 
 if __name__ == "__main__":

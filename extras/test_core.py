@@ -1,6 +1,6 @@
 """More tests of the core: closed forms of its objectives, and what does not fit into test_all.py.
 
-Nothing here needs extras/, but tests of extras/ share its toys.
+Of extras/ it needs the Gaussian mixture alone; tests of extras/ share its toys.
 """
 import dataclasses
 import functools
@@ -20,9 +20,27 @@ import losses
 import model
 import sample
 import train
-from test_all import (ExactNet, GaussianMap, REAL, TINY, TOY, TWO_MODES, cafm_loss, double_backward,
+from extras.gaussians import Mixture
+from test_all import (GaussianMap, REAL, TINY, TOY, cafm_loss, double_backward,
                       known_distance, network, on_points, parameters_of, quantile_noise, quick_draws,
                       raises, rand, same, save_tiny, spd, tiny, torchrun, toy, write_extra, write_npz)
+
+HALVES = torch.tensor([0.5, 0.5]).double()
+TWO_MODES = Mixture(torch.tensor([[-1.5], [1.5]]).double(), HALVES, HALVES)
+
+
+class ExactNet(nn.Module):
+    """The exact velocity of a mixture in place of a network: a label is a component, the null label all."""
+    predict, t_min, null_class, guidance_conditioned = "v", 0.0, True, False
+
+    def __init__(self, mixture):
+        super().__init__()
+        self.mixture, self.num_classes = mixture, len(mixture.weights)
+
+    def forward(self, x_t, t, y, r=None):
+        given = self.mixture.velocity(x_t, t, y.clamp_max(self.num_classes - 1))
+        return torch.where((y == self.num_classes)[:, None], self.mixture.velocity(x_t, t), given)
+
 
 # ---- Objectives against closed forms ----
 

@@ -7,10 +7,11 @@ import numpy as np
 import torch
 
 import data
-import losses
 import sample
 from extras import sde
-from test_all import ExactNet, quantile_noise, quick_draws, run, tiny
+from extras.gaussians import Mixture
+from extras.test_core import ExactNet
+from test_all import quantile_noise, quick_draws, run, tiny
 
 FILES = Path(sde.__file__).parent.glob("*.py")
 NAMES = sorted(path.stem for path in FILES if not path.stem.startswith("test"))
@@ -111,7 +112,7 @@ def test_sde_keeps_the_marginals():
     """For N(0, s^2) data the Euler-Maruyama variance obeys its recursion, and so samples end with std near s;
     the one with w for 2 w (a mix of the paper's and the code's symbols) would not."""
     s, steps, n = 0.5, 100, 40_000
-    gaussian = losses.Mixture(torch.zeros(1, 1).double(), torch.tensor([s]).double(), torch.ones(1).double())
+    gaussian = Mixture(torch.zeros(1, 1).double(), torch.tensor([s]).double(), torch.ones(1).double())
     e = quantile_noise(n)[torch.randperm(n, generator=data.generator("sde"))]
     x = sample.sample(ExactNet(gaussian), e, torch.zeros(n).long(), steps, "sde", draws=quick_draws(0, n))
     variance, times = 1.0, [*np.linspace(1, .04, steps), 0]

@@ -102,7 +102,7 @@ def test_metrics_bias_is_what_few_images_add():
     def measured(gen, n, ref, n_ref):
         gen = fid.ImageSet("generated", n, parts={fid.FRECHET: gen})
         ref = fid.ImageSet("reference", n_ref, parts={fid.FRECHET: ref})
-        return bias.beside(gen, ref, ["bias"], TOY)["fid"]
+        return bias.with_bias(gen, ref, ["bias"], TOY)["fid"]
 
     def excess(key, runs, truth):
         gaps = np.array([run["value"] - run[key] - truth for run in runs])
