@@ -20,7 +20,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import data
@@ -426,7 +425,8 @@ def time_derivative(net, x_t: Tensor, t: Tensor, y: Tensor, v: Tensor, *fixed: T
     target of a loss (MeanFlow, arXiv:2505.13447, Eq. 8).
     """
     net = bare(net)
-    refuse(net, x_t, t, y, *fixed)
+    if data.extra_file("operators").is_file():  # it refuses those that torch gets wrong
+        data.extra("operators", "time_derivative").operators(net, x_t, t, y, *fixed)
     with attention_backend(backend):
         return torch.func.jvp(lambda x_t, t: net(x_t, t, y, *fixed), (x_t, t), (v, torch.ones_like(t)))
 
@@ -579,36 +579,6 @@ def bare(net):
         raise ValueError("a derivative through DistributedDataParallel misses its gradient exchange: wrap "
                          "the module that takes the derivative (as train.Loss), not the network inside")
     return getattr(net, "_orig_mod", net)
-
-
-class _Watch(TorchDispatchMode):
-    """Notes the names of all operators that run below autograd."""
-
-    def __init__(self):
-        super().__init__()
-        self.seen = set()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.seen.add(function.name())
-        return function(*args, **(kwargs or {}))
-
-
-@torch.no_grad()
-def refuse(net, *inputs) -> set:
-    """The names of a network's operators, found by a pass of one sample the first time.
-
-    ValueError where one is a custom operator, which torch.func.jvp takes for a constant.
-    """
-    if not hasattr(net, "operators"):
-        with _Watch() as watch:
-            net(*(x if x is None else x[:1] for x in inputs))
-        net.operators = watch.seen
-    known = ("aten", "prim", "prims", "c10d", "fsdp", "profiler")  # the last two work on weights alone
-    custom = [name for name in sorted(net.operators) if name.split("::")[0] not in known]
-    if custom:
-        raise ValueError(f"torch.func.jvp takes the custom operator {custom[0]} for a constant: write it "
-                         "with torch's operators or as a torch.autograd.Function with a jvp")
-    return net.operators
 
 
 if __name__ == "__main__":

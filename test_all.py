@@ -742,7 +742,7 @@ def test_sample_steps_and_grids_are_the_textbook_ones():
 
 
 class Counted(nn.Module):
-    """The exact velocity of N(0.7, 0.4^2) under label 0, and half of it under the null label; counts rows."""
+    """The exact velocity of N(0.7, 0.4^2), halved under the null label; it counts rows."""
     null_class, num_classes, guidance_conditioned, rows = True, 1, False, 0
 
     def forward(self, x_t, t, y, r=None):
@@ -752,15 +752,14 @@ class Counted(nn.Module):
 
 @torch.no_grad()
 def test_sample_guidance():
-    """s = 1 and times outside the interval change nothing, bit for bit; s = 3 is v_0 + 3 (v - v_0);
-    autoguidance by the network itself is the identity; the number of network rows is as printed."""
+    """s = 1 and times outside the interval change nothing, bit for bit; s = 3 is v_0 + 3 (v - v_0); the
+    number of network rows is as printed."""
     net, x, y = Counted(), quantile_noise(50), torch.zeros(50).long()
     t = torch.full((50,), .5).double()
     plain, null = net(x, t, y), net(x, t, y + 1)
     assert torch.equal(sample.guided(net)(x, .5, y), plain)
     assert torch.equal(sample.guided(net, 3, (.6, 1))(x, .5, y), plain)
     assert torch.allclose(sample.guided(net, 3)(x, .5, y), null + 3 * (plain - null), atol=1e-12)
-    assert torch.allclose(sample.guided(net, 3, reference=net)(x, .5, y), plain, atol=1e-12)
     for rows, steps, solver, options in ((15, 8, "heun", {}), (8, 8, "ab2", {}), (8, 8, "euler", {}),
                                          (80, 40, "ab2", dict(guidance=2.)),
                                          (60, 40, "ab2", dict(guidance=2., interval=(.21, .71)))):
@@ -813,12 +812,11 @@ def test_sample_refusals(tmp_path):
     """What cannot be sampled, or not so: one line that names it and the way out."""
     path, x, y = str(save_tiny(tmp_path / "net.pt")), torch.randn(2, 3, 8, 8), torch.tensor([1, 2])
     command = lambda *flags: lambda: sample.main([path, "--device", "cpu", *flags])
-    scaled, token = network(lambda *_: x, guidance_conditioned=True), network(lambda *_: x, state=(5,))
+    scaled = network(lambda *_: x, guidance_conditioned=True)
     raises(command("--n", "0"), "--n 0", "at least 1")
     raises(command("--n", "10001"), "10,001", ".npz")
     raises(command("--classes", "12"), "class 12", "knows the classes 0 .. 9")
     raises(command("--classes", "cat"), "--classes cat", "whole numbers")
-    raises(command("--reference", path, "--guidance", "1"), "--reference", "guidance 1 is none")
     raises(lambda: sample.main(["--n", "3"]), "which checkpoint")
     raises(lambda: sample.main([str(tmp_path)]), "no such checkpoint", "last.pt")
     raises(lambda: sample.time_grid(0), "0 steps", "positive")
@@ -827,8 +825,6 @@ def test_sample_refusals(tmp_path):
     raises(lambda: sample.guided(tiny(null_class=False), 2.0), "null label", "guidance 1")
     raises(lambda: sample.guided(scaled, 2.0, (.7, .2)), "interval (0.7, 0.2)")
     raises(lambda: sample.guided(scaled, 0.5), "guidance 0.5", "at least 1")
-    raises(lambda: sample.guided(scaled, 2.0, reference=token), "no reference")
-    raises(lambda: sample.guided(token, 2.0, channels=3), "channels 3", "leave it at 0")
     raises(lambda: next(sample.generate(tiny(channels=4), y, 0, steps=1)), "4 channels", "--codec")
     assert "python sample.py runs/glyphs" in run("sample.py").stdout
 

@@ -20,6 +20,7 @@ import data
 import losses
 import model
 from data import option
+from extras.operators import operators
 from losses import drop_labels, interpolate, sample_times, velocity_target
 
 # ---- 1. Slopes of D along velocities ----
@@ -35,7 +36,7 @@ def forward_slopes(D, x_t: Tensor, t: Tensor, y: Tensor, directions: Tensor,
         raise RuntimeError("a loss on forward-mode derivatives is what torch.compile can get wrong without "
                            "an error: compile nothing around it, or use --loss cafm")
     D = model.bare(D)
-    if "aten::native_layer_norm" in model.refuse(D, x_t, t, y):  # pytorch issue 196700
+    if "aten::native_layer_norm" in operators(D, x_t, t, y):  # pytorch issue 196700
         raise ValueError("torch gets the gradient of a loss on a forward-mode derivative of nn.LayerNorm "
                          "wrong, without an error: create the network with norm='rms', or use --loss cafm")
 

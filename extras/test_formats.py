@@ -19,7 +19,7 @@ import fid
 import model
 import sample
 import train
-from extras import encoders, formats, latents, vae
+from extras import encoders, formats, guidance, latents, vae
 from test_all import SMALL_SET, check_golden, error_of, golden_weights, raises, run, same, tiny_run, wave
 
 SMALL_ENCODER = f"{SMALL_SET.with_name('encoder.py')}:patches"  # (17, 12): of the colours of patches
@@ -471,7 +471,7 @@ def test_latents_train(tmp_path, encoded, capsys, monkeypatch):
     net, labels = model.load(tmp_path / "fm/last.pt"), sample.labels_for(3, 10)
     assert net.shape == (4, 4, 4)
     flags = f"--n 3 --steps 2 --out {tmp_path / 's.npz'} --guide_channels 3".split()
-    sample.main([str(tmp_path / "fm"), "--codec", codec, *flags])
+    guidance.main([str(tmp_path / "fm"), "--codec", codec, *flags])
     assert "of the first 3 channels" in capsys.readouterr().out
     with np.load(tmp_path / "s.npz") as file:
         assert file["arr_0"].shape == (3, 32, 32, 3)

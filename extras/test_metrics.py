@@ -9,6 +9,7 @@ import data
 import fid
 import train
 from extras import benchmark_fid, bias, inception, inception_blocks, metrics, mmhm, monitor, spread, stored
+from extras.files import digest
 from test_all import (CACHE, REAL, TOY, Toy, assert_same_scores, check_two_processes, error_of,
                       golden_weights, raises, rand, run, same, tiny_run, toy, values, wave, write_folder,
                       write_npz)
@@ -655,7 +656,7 @@ def test_inception_end_to_end(tmp_path, capsys):
     printed = capsys.readouterr()
     got, net = json.loads(printed.out), fid.InceptionV3(weights)
     assert "not comparable with published FIDs" in printed.err
-    assert got["features"] == f"inception torchvision {data.digest(weights)[:8]}" and got["size"] == [32, 32]
+    assert got["features"] == f"inception torchvision {digest(weights)[:8]}" and got["size"] == [32, 32]
     assert got["resize"] == net.resize and got["n"] == 6
     images = data.glyphs(6)[0]
     plain, fast = net.extract(images), net.fast()

@@ -18,7 +18,8 @@ import losses
 import model
 import sample
 import train
-from extras import carflow, controls, curriculum, imf, meanflow_guided, mixture, pafm, scm, shortcut, soflow
+from extras import carflow, controls, curriculum, guidance, imf, meanflow_guided, mixture, pafm, scm
+from extras import shortcut, soflow
 from extras.gaussians import FOUR_MODES, Mixture, exact_velocity
 from extras.test_core import (TWO_MODES, ByLabel, Given, Weighted, assert_composition, assert_same_loss,
                               of_velocity, one_step_case, oracle_gradient, standard_errors, wrong_maps)
@@ -458,11 +459,11 @@ def test_sample_conditions_the_network_on_its_guidance():
     net = tiny(times=2, parts=["imf.Guidance"])
     x, y, t = torch.randn(4, 3, 8, 8), torch.arange(4), torch.full((4,), .5)
     with torch.no_grad():
-        for guidance, interval, w in ((3.0, (0, 1), 3.0), (3.0, (.6, 1), 1.0), (1.0, (0, 1), 1.0)):
-            found = sample.guided(net, guidance, interval)(x, .5, y, .25)
+        for scale, interval, w in ((3.0, (0, 1), 3.0), (3.0, (.6, 1), 1.0), (1.0, (0, 1), 1.0)):
+            found = sample.guided(net, scale, interval)(x, .5, y, .25)
             assert torch.allclose(found, net(x, t, y, t / 2, torch.full((4,), w)), atol=1e-6)
     assert "at least 1" in error_of(sample.guided, net, 0.5)
-    assert "no reference" in error_of(sample.guided, net, 2.0, (0, 1), net)
+    assert "no reference" in error_of(guidance.Guided, net, net)
     assert "conditioned on guidance 3" in sample.describe(1, "euler", 3.0, conditioned=True)
 
 
@@ -654,7 +655,7 @@ def test_runs_start_from_a_flow_and_know_how_they_are_sampled(tmp_path, capsys):
             assert "conditioned on guidance 3" in told()
         else:
             raises(lambda: sample.main([*command, "--guidance", "3"]), "--guidance 3", "it is 1")
-            raises(lambda: sample.main([*command, "--reference", str(tmp_path / "fm")]), "--reference")
+            raises(lambda: guidance.main([*command, "--reference", str(tmp_path / "fm")]), "--reference")
     assert train.sampling(train.configure("imf", omega_max=1.0), 1.5)["guidance"] == 1.0
 
 
