@@ -176,7 +176,7 @@ class Dataset:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor] | ValueError:
+    def __getitem__(self, indices: list[int]) -> tuple[Tensor, Tensor] | ValueError:
         """A batch, for DataLoader; an error comes back as a value, so that it stays one line."""
         try:
             items, labels = zip(*map(self.item, indices))
@@ -273,7 +273,10 @@ def read_npz(path: Path, size: int | None) -> Arrays | None:
         with np.load(path, allow_pickle=False) as file:
             held = sorted(file)
             key = "images" if "images" in held else "arr_0"
-            images = map_member(path, key) if key in held else None
+            if key in held and extra_file("formats").is_file():
+                images = extra("formats", str(path)).map_member(path, key)  # from disk, as it is needed
+            else:
+                images = file[key] if key in held else None
             labels = next((file[k] for k in ("labels", "arr_1") if k in held), None)
     except Exception as error:  # of numpy, zipfile and zlib
         why = " ".join(str(error).split())[:80]
@@ -286,21 +289,6 @@ def read_npz(path: Path, size: int | None) -> Arrays | None:
         images = images.transpose(0, 3, 1, 2)
     labels = np.zeros(len(images), np.int64) if labels is None else labels
     return Arrays(images, check_labels(labels, len(images), str(path)), size)
-
-
-def map_member(path: Path, key: str) -> np.ndarray:
-    """An array of an npz: mapped from disk, or read into memory where it is compressed."""
-    with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
-        member = archive.getinfo(f"{key}.npy")
-        if member.compress_type != zipfile.ZIP_STORED:
-            return np.lib.format.read_array(archive.open(member))
-        file.seek(member.header_offset + 26)  # the lengths of what ends the local header
-        file.seek(member.header_offset + 30 + sum(np.frombuffer(file.read(4), "<u2").tolist()))
-        version, read = np.lib.format.read_magic(file), np.lib.format.read_array_header_2_0
-        shape, fortran, dtype = (np.lib.format.read_array_header_1_0 if version == (1, 0) else read)(file)
-        if dtype.hasobject or file.tell() + math.prod(shape) * dtype.itemsize > os.path.getsize(path):
-            raise ValueError("cut short, or not numbers")
-        return np.memmap(path, dtype, "r", file.tell(), shape, "F" if fortran else "C")
 
 
 READERS = {"glyphs": read_glyphs, "npz": read_npz, "folder": read_folder}  # (path, size) -> Dataset, or None
@@ -337,10 +325,6 @@ def index_at(n: int, position: int, seed: int) -> int:
     return int(permutation(n, seed, epoch)[offset])
 
 
-def _as_it_is(batch):
-    return batch
-
-
 def _ignore_signals(_worker: int) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):  # the main process finishes its step and saves
         signal.signal(number, signal.SIG_IGN)
@@ -349,8 +333,8 @@ def _ignore_signals(_worker: int) -> None:
 def batches(source: Dataset, index_lists: typing.Iterable[list[int]], workers: int = 0):
     """Yield (items (b, C, h, w), labels int64 (b,)) for each list of indices."""
     loader = torch.utils.data.DataLoader(
-        source, batch_sampler=index_lists, collate_fn=_as_it_is, num_workers=workers,
-        worker_init_fn=_ignore_signals, generator=torch.Generator())  # torch's own stays as it is
+        source, batch_size=None, sampler=index_lists, num_workers=workers, worker_init_fn=_ignore_signals,
+        generator=torch.Generator())  # torch's own stays as it is
     for batch in loader:
         if isinstance(batch, ValueError):
             raise batch

@@ -23,7 +23,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import tracemalloc
 import types
 from pathlib import Path
 
@@ -254,7 +253,7 @@ def test_data_image_folders(tmp_path):
     assert all(x.shape == (3, 16, 16) and x.dtype == torch.uint8 for x, _ in items.values())
     assert (items["a/deep.png"][0] == 127).all() and (items["a/sub/clear.png"][0] == 255).all()
     assert items["b/palette.gif"][0][0].min() > 250 and items["b/palette.gif"][0][1].max() < 5
-    assert pickle.loads(pickle.dumps(ds)).item(1)[1] == 0 and pickle.dumps(data._as_it_is)
+    assert pickle.loads(pickle.dumps(ds)).item(1)[1] == 0 and pickle.dumps(data._ignore_signals)
     (tmp_path / "links").mkdir()
     (tmp_path / "links/a").symlink_to(tmp_path / "set/a")  # how subsets of ImageNet are often laid out
     flat, linked = (data.dataset(str(tmp_path / name), 16) for name in ("set/b", "links"))
@@ -267,9 +266,12 @@ def test_data_image_folders(tmp_path):
     assert x.shape == (3, 40, 20) and x[2, :15].float().mean() > 200 and x[0, 25:].float().mean() > 200
 
 
-def test_data_npz_is_mapped_from_disk(tmp_path):
-    """NHWC and NCHW, C and Fortran order, colour and grey, stored and compressed: the same images and labels.
-    A stored array is not read into memory."""
+@pytest.mark.parametrize("mapped", [True, False])
+def test_data_npz_files(tmp_path, monkeypatch, mapped):
+    """NHWC and NCHW, C and Fortran order, colour and grey, stored and compressed: the same images and labels,
+    mapped from disk by an extra or not."""
+    if not mapped:
+        monkeypatch.setattr(data, "extra_file", lambda name: tmp_path / name)
     images = torch.randint(0, 256, (6, 32, 32, 3), generator=data.generator("npz")).byte().numpy()
     labels, path = np.array([2, 0, 1, 1, 0, 2]), tmp_path / "x.npz"
     for key, array in (("arr_0", images), ("images", images.transpose(0, 3, 1, 2)),
@@ -282,12 +284,6 @@ def test_data_npz_is_mapped_from_disk(tmp_path):
             assert torch.equal(x, torch.from_numpy(want).permute(0, 3, 1, 2)), (key, array.shape)
             assert y.tolist() == labels.tolist() and ds.num_classes == 3 and not ds.mirror
     assert data.dataset(str(path), 16).item(0)[0].shape == (3, 16, 16)
-    np.savez(path, arr_0=np.zeros((5000, 32, 32, 3), np.uint8))
-    tracemalloc.start()
-    ds = data.dataset(str(path))
-    assert ds.num_classes == 1 and ds.item(4999)[0].shape == ds.shape == (3, 32, 32)
-    assert tracemalloc.get_traced_memory()[1] < 2e6
-    tracemalloc.stop()
 
 
 def test_data_refusals(tmp_path):
@@ -1502,12 +1498,12 @@ def test_train_pieces(tmp_path):
 
 
 def test_train_run_folder_and_scores(tmp_path):
-    """A run leaves config, log, loss curve, grids, checkpoints and scores with floor and protocol; sample.py
-    reads it. A run of 30 steps has a loss curve too."""
+    """A run leaves config, log, grids, checkpoints and scores with floor and protocol; sample.py reads it. A
+    run of 30 steps has a line for each."""
     out = tmp_path / "run"
     result = train.train(tiny_run(out, data="glyphs", score=50, sample_every=5, keep_every=4, decay="linear"))
-    names = "config.json final.json last.pt log.jsonl loss.png samples step_0000004.pt step_0000008.pt"
-    assert sorted(p.name for p in out.iterdir()) == names.split()
+    names = "config.json final.json last.pt log.jsonl samples step_0000004.pt step_0000008.pt"
+    assert sorted(p.name for p in out.iterdir() if p.name != "loss.png") == names.split()
     assert sorted(p.name for p in (out / "samples").iterdir()) == ["0000005.png", "0000010.png", "final.png"]
     assert model.read_checkpoint(out / "step_0000008.pt")["step"] == 8
     assert json.loads((out / "config.json").read_text())["batch"] == 8
@@ -1520,8 +1516,7 @@ def test_train_run_folder_and_scores(tmp_path):
         assert all(words in s["protocol"] for words in (guidance, "2 steps", "EMA"))
     sample.main([str(out), "--n", "4", "--steps", "1", "--out", str(tmp_path / "s.png"), "--device", "cpu"])
     train.main(flags(tmp_path / "short", "--steps", 30))
-    curve = np.asarray(Image.open(tmp_path / "short/loss.png"))
-    assert len(logged(tmp_path / "short")) == 30 and (curve == (31, 95, 191)).all(-1).sum() > 500
+    assert len(logged(tmp_path / "short")) == 30
 
 
 def test_train_init_and_other_data(tmp_path, capsys):

@@ -29,7 +29,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn as nn
-from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map
@@ -255,31 +254,6 @@ def training_stream(step: int, cfg: Config, source: data.Dataset):
     return data.stream(source, positions_from(step, cfg), cfg.seed, mirror, workers)
 
 
-class StopSignal:
-    """SIGTERM or Ctrl-C asks to finish the step, save and leave; Ctrl-C 2 seconds later ends at once."""
-    asked = 0.0
-
-    def __enter__(self):
-        self.before = {s: signal.signal(s, self.note) for s in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def __exit__(self, *_):
-        for s, handler in self.before.items():
-            signal.signal(s, handler)
-
-    def note(self, number, _frame):
-        self.asked = self.asked or time.monotonic()
-        if number == signal.SIGINT and time.monotonic() > self.asked + 2:  # sooner: torchrun's copy
-            raise KeyboardInterrupt
-
-    def on_any_process(self) -> bool:
-        """Whether any process was asked: all leave together."""
-        asked = torch.tensor([float(self.asked > 0)])
-        if dist.is_initialized():
-            dist.all_reduce(asked)
-        return bool(asked)
-
-
 # ---- 3. Networks, fresh or from a checkpoint ----
 
 
@@ -359,7 +333,8 @@ def save_checkpoint(out: Path, step: int, seconds: float, cfg: Config, nets, opt
         reason = str(error).splitlines()[0]
         raise OSError(f"{path} could not be written ({reason}): free disk space, then --resume; the "
                       "checkpoint before it is untouched") from error
-    draw_loss(out / "log.jsonl", out / "loss.png")
+    if data.extra_file("curves").is_file():
+        data.extra("curves", "loss.png").draw_loss(out / "log.jsonl", out / "loss.png")
     if cfg.keep_every and step % cfg.keep_every == 0:
         shutil.copyfile(path, out / f"step_{step:07d}.pt")
 
@@ -448,33 +423,6 @@ def read_log(path: Path) -> list[dict]:
     return rows
 
 
-def draw_loss(log: Path, picture: Path) -> None:
-    """loss.png: each role's loss, on a logarithmic scale, over the steps."""
-    rows = [row for row in read_log(log) if row["loss"] > 0]
-    if not rows:
-        return
-    values, last = [math.log10(row["loss"]) for row in rows], rows[-1]["step"]
-    bottom, top = min(values), max(max(values), min(values) + 1e-3)
-    sheet = Image.new("RGB", (660, 360), "white")
-    pen = ImageDraw.Draw(sheet)
-    pen.font = ImageFont.load_default(size=12)
-
-    def at(step, value):
-        return 56 + 580 * step / last, 12 + 308 * (top - value) / (top - bottom)
-
-    for k in range(5):
-        step, value = round(last * k / 4), bottom + (top - bottom) * k / 4
-        pen.line([at(0, value), at(last, value)], fill="#dddddd")
-        pen.text((4, at(0, value)[1] - 7), f"{10 ** value:.3g}", fill="black")
-        pen.text((at(step, value)[0] - 12, 340), str(step), fill="black")
-    for role, colour in zip(dict.fromkeys(row["role"] for row in rows), ("#1f5fbf", "#c2410c")):
-        line = [at(row["step"], value) for row, value in zip(rows, values) if row["role"] == role]
-        pen.line(line, fill=colour, width=2)
-        pen.circle(line[-1], 2, fill=colour)
-        pen.text((line[-1][0] - 60, line[-1][1] - 20), f"loss {role}", fill=colour)
-    sheet.save(picture)
-
-
 def write_grid(ema: nn.Module, cfg: Config, path: Path, codec) -> None:
     """A guided sample grid of a fixed noise: a column for each of up to ten classes, or ten of one."""
     if not losses.find(cfg.loss).draws_images or ema.shape[0] != 3 and codec is None:
@@ -535,7 +483,7 @@ def finish(ema: nn.Module, cfg: Config, out: Path, seconds: float, codec) -> dic
                 f"{s['accuracy']:.3f}; {s['n']:,} samples against as many held-out images; {s['protocol']}")
     if data.rank() == 0:
         (out / "final.json").write_text(json.dumps(result, indent=2) + "\n")
-    say(f"wrote samples/, loss.png and final.json in {out}")
+    say(f"wrote samples/ and final.json in {out}")
     return result
 
 
@@ -571,7 +519,32 @@ def main(argv: list[str] | None = None, **defaults) -> None:
     data.stop_processes()
 
 
-# ---- 6. Guards: settings and runs that are refused ----
+# ---- 6. Guards: signals, and settings and runs that are refused ----
+
+
+class StopSignal:
+    """SIGTERM or Ctrl-C asks to finish the step, save and leave; Ctrl-C 2 seconds later ends at once."""
+    asked = 0.0
+
+    def __enter__(self):
+        self.before = {s: signal.signal(s, self.note) for s in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_):
+        for s, handler in self.before.items():
+            signal.signal(s, handler)
+
+    def note(self, number, _frame):
+        self.asked = self.asked or time.monotonic()
+        if number == signal.SIGINT and time.monotonic() > self.asked + 2:  # sooner: torchrun's copy
+            raise KeyboardInterrupt
+
+    def on_any_process(self) -> bool:
+        """Whether any process was asked: all leave together."""
+        asked = torch.tensor([float(self.asked > 0)])
+        if dist.is_initialized():
+            dist.all_reduce(asked)
+        return bool(asked)
 
 
 def check(cfg: Config) -> None:

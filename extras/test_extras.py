@@ -6,13 +6,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 
 import data
 import sample
-from extras import files, gaussians, guidance, operators, sde
+import train
+from extras import curves, files, gaussians, guidance, operators, sde
 from extras.gaussians import Mixture
 from extras.test_core import TWO_MODES, ExactNet
-from test_all import network, quantile_noise, quick_draws, raises, run, save_tiny, tiny
+from test_all import network, quantile_noise, quick_draws, raises, run, save_tiny, tiny, tiny_run
 
 FILES = Path(sde.__file__).parent.glob("*.py")
 NAMES = sorted(path.stem for path in FILES if not path.stem.startswith("test"))
@@ -182,6 +184,17 @@ def test_guidance_by_a_network_and_of_channels(tmp_path, capsys):
     guidance.main([*command, "--guidance", "2", "--guide_channels", "1"])
     told = capsys.readouterr().out
     assert f"guidance 2 (autoguidance by {path}, of the first 1 channels; evaluations doubled)" in told
+
+
+def test_curves_of_a_run(tmp_path, capsys, monkeypatch):
+    """A run leaves loss.png, also one of 30 steps; the file alone draws it again."""
+    train.train(tiny_run(tmp_path, steps=30, log_every=100))
+    curve = np.asarray(Image.open(tmp_path / "loss.png"))
+    assert (curve == (31, 95, 191)).all(-1).sum() > 500
+    (tmp_path / "loss.png").unlink()
+    monkeypatch.setattr("sys.argv", ["", str(tmp_path)])
+    curves.main()
+    assert "loss.png" in capsys.readouterr().out and np.array_equal(Image.open(tmp_path / "loss.png"), curve)
 
 
 def test_small_commands(tmp_path, capsys, monkeypatch):

@@ -7,6 +7,7 @@ import math
 import os
 import pickle
 import struct
+import tracemalloc
 import zipfile
 
 import numpy as np
@@ -148,6 +149,16 @@ def test_formats_errors_name_the_file_and_the_fix(tmp_path):
             ("e-images-idx3-ubyte.gz", "not readable"),
             ("python", "pickled", "binary version"), ("text.txt", "text.txt", "zip, idx, cifar, latents")]:
         raises(lambda: data.dataset(str(tmp_path / name)), *words)
+
+
+def test_formats_npz_is_mapped_from_disk(tmp_path):
+    """A stored array of an npz is not read into memory."""
+    np.savez(tmp_path / "x.npz", arr_0=np.zeros((5000, 32, 32, 3), np.uint8))
+    tracemalloc.start()
+    ds = data.dataset(str(tmp_path / "x.npz"))
+    assert ds.num_classes == 1 and ds.item(4999)[0].shape == ds.shape == (3, 32, 32)
+    assert tracemalloc.get_traced_memory()[1] < 2e6
+    tracemalloc.stop()
 
 
 def test_formats_run_alone(tmp_path, capsys):
