@@ -680,6 +680,9 @@ def test_search_command(tmp_path, capsys):
     search.main(f"{tmp_path / 'large'} --steps 4 --n 2 --stitch {tmp_path / 'small'} --device cpu "
                 f"--out {tmp_path / 'a.png'}".split())
     assert "those at t > 0.6 of" in capsys.readouterr().out
+    search.main(f"{tmp_path / 'large'} --steps 2 --n 2 --solver sde --best_of 2 --verifier {judge} "
+                f"--device cpu --out {tmp_path / 'a.png'}".split())  # noise on the way, too
+    assert "best of 2" in capsys.readouterr().out
 
 
 # ---- Presets, schedules, comparisons ----

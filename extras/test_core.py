@@ -2,6 +2,7 @@
 
 Of extras/ it needs the Gaussian mixture alone; tests of extras/ share its toys.
 """
+import dataclasses
 import functools
 import math
 import os
@@ -20,9 +21,9 @@ import model
 import sample
 import train
 from extras.gaussians import Mixture
-from test_all import (GaussianMap, REAL, TINY, TOY, cafm_loss, double_backward,
-                      known_distance, network, on_points, parameters_of, quantile_noise, quick_draws,
-                      raises, rand, same, save_tiny, spd, tiny, torchrun, toy, write_extra, write_npz)
+from test_all import (GaussianMap, REAL, TINY, TOY, cafm_loss, checkpoint, double_backward, known_distance,
+                      logged, network, on_points, parameters_of, quantile_noise, quick_draws, raises, rand,
+                      same, save_tiny, spd, tiny, tiny_run, torchrun, toy, write_extra, write_npz)
 
 HALVES = torch.tensor([0.5, 0.5]).double()
 TWO_MODES = Mixture(torch.tensor([[-1.5], [1.5]]).double(), HALVES, HALVES)
@@ -898,3 +899,63 @@ def test_fid_frechet_closed_forms():
     assert abs(fd(m1, c1, m2, zero) - (m1 - m2).square().sum() - c1.trace()) < 1e-9
     assert abs(fd(m1, c1, m2, c2) - fd(m2, c2, m1, c1)) < 1e-9
     assert abs(fd(m1, c1, m2, c2) - fd(q @ m1, q @ c1 @ q.T, q @ m2, q @ c2 @ q.T)) < 1e-9
+
+
+# ---- train.py ----
+
+
+def test_train_log_lines(tmp_path):
+    """A line has, of each role, the means over the steps since the last line, and the learning rate of its
+    last step. An infinite number stops the run as NaN does, before the line is written."""
+    rows = {}
+    for every in (1, 4):
+        options = dict(steps=8, log_every=every, warmup=3, decay="linear")
+        train.train(cfg := tiny_run(tmp_path / str(every), "afm", **options))
+        rows[every] = logged(tmp_path / str(every))
+    for line in rows[4]:
+        own = [row for row in rows[1] if row["role"] == line["role"] and 0 <= line["step"] - row["step"] < 4]
+        assert line["lr"] == own[-1]["lr"] == train.learning_rate(own[-1]["step"] - 1, cfg, line["role"])
+        assert len(own) > 1 and own[0]["lr"] != line["lr"] and own[0]["loss"] != own[-1]["loss"]
+        for key in line.keys() - {"step", "role", "lr", "images_per_second"}:
+            assert abs(line[key] - np.mean([row[key] for row in own])) <= 1e-6 * abs(line[key]), key
+    assert [(row["step"], row["role"]) for row in rows[4]] == [(4, "D"), (4, "G"), (8, "D"), (8, "G")]
+    for value in (math.inf, -math.inf, math.nan):
+        log = train.Log(tmp_path / "log.jsonl", 0)
+        log.note(3, "G", {"loss": torch.tensor(1.0), "flow": torch.tensor(value)}, 0.1)
+        with pytest.raises(FloatingPointError, match=f"step 3, network G: flow is {value}"):
+            log.flush(cfg, None)
+    assert not (tmp_path / "log.jsonl").exists()
+
+
+def test_train_amp_and_compile_reach_the_networks(tmp_path, monkeypatch):
+    """--amp bf16 runs the blocks of every network under bfloat16 on a CPU too, auto and off do not; weights
+    stay in float32; --compile compiles the network of each role."""
+    seen, compiled, attend = set(), [], model.attention
+    monkeypatch.setattr(model, "attention", lambda q, k, v: seen.add(q.dtype) or attend(q, k, v))
+    monkeypatch.setattr(torch, "compile", lambda net: compiled.append(net) or net)
+    for amp, want in (("bf16", torch.bfloat16), ("auto", torch.float32), ("off", torch.float32)):
+        train.train(tiny_run(tmp_path / amp, "afm", steps=2, amp=amp, compile=amp == "off"))
+        assert seen == {want} and len(compiled) == 2 * (amp == "off"), amp
+        seen.clear()
+        networks = checkpoint(tmp_path / amp)["networks"].values()
+        assert {v.dtype for net in networks for v in net["weights"].values()} == {torch.float32}
+    assert {type(net).__name__ for net in compiled} == {"Discriminator", "DiT"}
+
+
+def test_train_refuses_to_resume_as_another_network_or_sampler(tmp_path, capsys, monkeypatch):
+    """A flag of the objective is fixed where it changes the network alone, or the sampling alone; one that
+    changes neither is told, and goes on."""
+    flags = {name: data.option(1, "a number") for name in ("jumps_of_net", "steps_of_sampler", "weight")}
+    resumed = dataclasses.replace(losses.find("fm"), name="resumed", flags=flags,
+                                  network=lambda cfg, source: dict(times=cfg.jumps_of_net),
+                                  sampling=lambda cfg: dict(steps=cfg.steps_of_sampler))
+    monkeypatch.setitem(losses.LOSSES, "resumed", resumed)
+    cfg = train.configure("resumed")
+    for name in flags:
+        old = dict(networks={}, step=1, config=dataclasses.asdict(cfg) | {name: 2})
+        call = functools.partial(train.check_resume, tmp_path / "last.pt", old, cfg, None)
+        if name == "weight":
+            call()
+        else:
+            raises(call, f"--{name} 2, not 1", "--init")
+    assert capsys.readouterr().err.count("resuming with") == 1

@@ -2,6 +2,7 @@
 import ast
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,8 @@ import train
 from extras import curves, files, gaussians, guidance, operators, sde
 from extras.gaussians import Mixture
 from extras.test_core import TWO_MODES, ExactNet
-from test_all import network, quantile_noise, quick_draws, raises, run, save_tiny, tiny, tiny_run
+from test_all import (HERE, network, quantile_noise, quick_draws, raises, run, save_tiny, tiny,
+                      tiny_run)
 
 FILES = Path(sde.__file__).parent.glob("*.py")
 NAMES = sorted(path.stem for path in FILES if not path.stem.startswith("test"))
@@ -111,6 +113,15 @@ def test_extras_stand_alone_and_break_only_what_names_them():
         assert all(name in text and "\n" not in text for text in failed.values()), (name, failed)
 
 
+def test_extras_and_the_core_run_alone():
+    """What has a `main` ends in calling it; an extra without one is not said to run alone."""
+    for name in ["data", "fid", "losses", "model", "sample", "train", *(f"extras/{name}" for name in NAMES)]:
+        text = (HERE / f"{name}.py").read_text()
+        ending = r'\nif __name__ == "__main__":\n    (data\.)?run_cli\((\w+\.)?main\)\n$'
+        said = "\ndef main(" in text or f"python -m {name.replace('/', '.')} " in text
+        assert bool(re.search(ending, text)) == said, name
+
+
 def test_sde_keeps_the_marginals():
     """For N(0, s^2) data the Euler-Maruyama variance obeys its recursion, and so samples end with std near s;
     the one with w for 2 w (a mix of the paper's and the code's symbols) would not."""
@@ -195,6 +206,20 @@ def test_curves_of_a_run(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("sys.argv", ["", str(tmp_path)])
     curves.main()
     assert "loss.png" in capsys.readouterr().out and np.array_equal(Image.open(tmp_path / "loss.png"), curve)
+
+
+def test_curves_name_their_values(tmp_path, monkeypatch):
+    """The scale of loss.png is logarithmic: its lines are named by the loss and by the step."""
+    rows = [dict(step=step, role="G", loss=loss) for step, loss in ((2, 10.0), (4, 0.1))]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    texts, write = [], curves.ImageDraw.ImageDraw.text
+    noted = lambda pen, at, text, **more: texts.append((text, at)) or write(pen, at, text, **more)
+    monkeypatch.setattr(curves.ImageDraw.ImageDraw, "text", noted)
+    curves.draw_loss(tmp_path / "log.jsonl", tmp_path / "loss.png")
+    scale, steps = texts[0:10:2], texts[1:10:2]
+    assert [text for text, _ in scale] == ["0.1", "0.316", "1", "3.16", "10"]
+    assert np.allclose(np.diff([y for _, (_, y) in scale]), -77)
+    assert [text for text, _ in steps] == ["0", "1", "2", "3", "4"]
 
 
 def test_small_commands(tmp_path, capsys, monkeypatch):

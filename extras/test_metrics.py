@@ -17,6 +17,7 @@ from test_all import (CACHE, REAL, TOY, Toy, assert_same_scores, check_two_proce
 import dataclasses
 import functools
 import json
+import re
 import tempfile
 import zipfile
 from pathlib import Path
@@ -88,9 +89,10 @@ def test_metrics_kernel_distance():
     raises(lambda: metrics.kernel_distance(x[:1], y), "at least 2 images", "1 and 40")
 
 
-def test_metrics_bias_is_what_few_images_add():
+def test_metrics_bias_is_what_few_images_add(capsys):
     """20 draws of 64 D images: the mean distance less B(N) is the true one within 3 standard errors, and
-    the floor is the distance of a perfect generator. A reference of few images adds its share."""
+    the floor is the distance of a perfect generator. A reference of few images adds its share. The command
+    prints both for several N."""
     d, n = 32, 2048
     scale, shift = torch.arange(1, d + 1, dtype=torch.float64) ** -0.5, 0.05
     zero, cov, wide = 0 * scale, torch.diag(scale ** 2), torch.diag((1.3 * scale) ** 2)
@@ -128,6 +130,11 @@ def test_metrics_bias_is_what_few_images_add():
     own = torch.linalg.svdvals(few) ** 2
     got = bias.bias_and_floor(eye, 10, few.T @ few, None)["floor"]
     assert abs(got / bias.small_sample_bias(own, own.sum(), 10) - 1) < 1e-9
+    bias.main()
+    table = re.findall(r"N +(\d+) +excess ([\d.]+) +B\(N\) ([\d.]+)", capsys.readouterr().out)
+    for n, found, expected in np.array(table, float):  # B(N) is about 33.5 / N
+        assert abs(found - expected) < 0.5 * expected and abs(expected * n / 33.5 - 1) < 0.1, n
+    assert [row[0] for row in table] == ["64", "256", "1024", "4096"]
 
 
 def test_metrics_rows_stay_in_order():
@@ -390,7 +397,7 @@ def test_stored_refusals(tmp_path, capsys):
         raises(lambda: early(npz, mixed), words)
     assert toy(str(mixed), npz, size=32)["n"] == 121
     (mixed / "0" / "odd.png").write_bytes(b"no image")
-    raises(lambda: early(str(mixed), npz), "odd.png", "not a readable image", "remove it")
+    raises(lambda: early(str(mixed), npz), f"{mixed}/0/odd.png: not a readable image", "remove it")
     assert toy(stats, npz, num=120)["n"] == 120 and capsys.readouterr().err.count("JPEG") == 0
 
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import types
 
+import numpy as np
 import pytest
 import torch
 import torch.nn as nn
@@ -538,6 +539,8 @@ def test_mixture_run_alone_writes_the_picture(tmp_path, capsys, monkeypatch):
     carflow.main([*command, str(out)])
     shown = capsys.readouterr().out
     assert all(f" {name} " in shown for name in ("fm", "carflow")) and f"wrote {out}" in shown
+    captions = (np.asarray(Image.open(out))[:20] < 128).all(2)  # black, unlike the ways
+    assert captions[:, :420].sum() > 50 < captions[:, 436:].sum()
     meanflow_guided.main()
     assert "2.50" in capsys.readouterr().out
     raises(lambda: mixture.main(["--losses", "carflow"]), "--losses carflow", "needs images")
@@ -556,6 +559,10 @@ def test_mixture_run_alone_writes_the_picture(tmp_path, capsys, monkeypatch):
             assert (cfg.steps, cfg.seed) == (3, 1)
             net = mixture.train_points(name.split(",")[0], FOUR_MODES, cfg)
             assert all(p.isfinite().all() for p in net.parameters()), name
+    own = {name: mixture.point_settings(name.split(",")[0], **its) for name, its in controls.CONTROLS.items()}
+    assert own["meanflow, no jumps"].jumps == own["imf, no head"].head == 0 < own["meanflow"].jumps
+    assert own["afm, x, no transport cost"].ot == 0 < own["afm, x"].ot and own["imf"].head == 1
+    assert own["cafm"].d_steps > own["cafm, 1 D step for 1 of G"].d_steps == 1 == own["meanflow, p = 1"].p
 
 
 # ---- Runs ----
