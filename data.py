@@ -273,10 +273,8 @@ def read_npz(path: Path, size: int | None) -> Arrays | None:
         with np.load(path, allow_pickle=False) as file:
             held = sorted(file)
             key = "images" if "images" in held else "arr_0"
-            if key in held and extra_file("formats").is_file():
-                images = extra("formats", str(path)).map_member(path, key)  # from disk, as it is needed
-            else:
-                images = file[key] if key in held else None
+            formats = optional("formats")  # maps from disk
+            images = (formats.map_member(path, key) if formats else file[key]) if key in held else None
             labels = next((file[k] for k in ("labels", "arr_1") if k in held), None)
     except Exception as error:  # of numpy, zipfile and zlib
         why = " ".join(str(error).split())[:80]
@@ -298,9 +296,7 @@ def dataset(source: str, size: int | None = None) -> Dataset:
     """The data set at a path, or glyphs, or glyphs:SEED; images are cropped to `size`; None: as they are."""
     path, absent = Path(source), ""
     for module in ("", "formats", "latents"):  # of extras/, where the core's readers do not know the path
-        if module and extra_file(module).exists():
-            extra(module, source)
-        elif module:
+        if module and not optional(module):
             absent += f"; extras/{module}.py is not there"
         for read in list(READERS.values()):
             if (found := read(path, size)) is not None:
@@ -331,7 +327,9 @@ def _ignore_signals(_worker: int) -> None:
 
 
 def batches(source: Dataset, index_lists: typing.Iterable[list[int]], workers: int = 0):
-    """Yield (items (b, C, h, w), labels int64 (b,)) for each list of indices."""
+    """Yield (items (b, C, h, w), labels int64 (b,)) for each list of indices; workers -1: 4 for files."""
+    if workers < 0:
+        workers = min(4, os.cpu_count()) if isinstance(source, Files) else 0
     loader = torch.utils.data.DataLoader(
         source, batch_size=None, sampler=index_lists, num_workers=workers, worker_init_fn=_ignore_signals,
         generator=torch.Generator())  # torch's own stays as it is
@@ -364,6 +362,11 @@ def extra(name: str, why: str):
         return importlib.import_module(f"extras.{name}")
     except ImportError as error:
         raise ValueError(f"{why}: extras/{name}.py needs what is not there: {error}") from error
+
+
+def optional(name: str):
+    """The module extras/NAME.py; None where there is none."""
+    return extra(name, name) if extra_file(name).is_file() else None
 
 
 def lookup(table: dict, name: str, what: str):

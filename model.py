@@ -14,6 +14,8 @@ import argparse
 import contextlib
 import inspect
 import math
+import os
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -223,8 +225,8 @@ _backend = "fused"
 def attention_backend(name: str):
     """Select a backend of `ATTENTION` inside the with block; outside it is "fused"."""
     global _backend
-    if name not in ATTENTION and data.extra_file("attention").is_file():
-        data.extra("attention", name)
+    if name not in ATTENTION:
+        data.optional("attention")
     data.lookup(ATTENTION, name, "attention backend")
     before, _backend = _backend, name
     try:
@@ -267,19 +269,14 @@ class FinalLayer(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) over the last axis, times weights if there is a width; built from primitive ops."""
-
-    def __init__(self, width: int = 0):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width)) if width else None
+    """x / rms(x) over the last axis, built from primitive ops."""
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
-        return x if self.weight is None else x * self.weight
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
 
 
 NORMS = {"layer": lambda width: nn.LayerNorm(width, elementwise_affine=False, eps=1e-6),
-         "rms": lambda width: RMSNorm(), "rms_weight": RMSNorm}
+         "rms": lambda width: RMSNorm()}
 
 
 class PatchEmbed(nn.Module):
@@ -316,10 +313,10 @@ class LabelEmbedder(nn.Module):
         return self.embedding_table(y)
 
 
-def sinusoid(t: Tensor, features: int, max_period: float = 1e4) -> Tensor:
-    """[cos(f_i t), sin(f_i t)], f_i = max_period^(-2i/features): times (B,) -> (B, features), as DiT."""
+def sinusoid(t: Tensor, features: int) -> Tensor:
+    """[cos(f_i t), sin(f_i t)], f_i = 10^(-8i/features): times (B,) -> (B, features), as DiT."""
     half = features // 2
-    f = torch.exp(-math.log(max_period) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
+    f = torch.exp(-math.log(1e4) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
     angle = t[:, None].to(torch.promote_types(t.dtype, torch.float32)) * f
     return torch.cat([angle.cos(), angle.sin()], -1)
 
@@ -425,8 +422,8 @@ def time_derivative(net, x_t: Tensor, t: Tensor, y: Tensor, v: Tensor, *fixed: T
     target of a loss (MeanFlow, arXiv:2505.13447, Eq. 8).
     """
     net = bare(net)
-    if data.extra_file("operators").is_file():  # it refuses those that torch gets wrong
-        data.extra("operators", "time_derivative").operators(net, x_t, t, y, *fixed)
+    if operators := data.optional("operators"):
+        operators.operators(net, x_t, t, y, *fixed)  # refuses those that torch gets wrong
     with attention_backend(backend):
         return torch.func.jvp(lambda x_t, t: net(x_t, t, y, *fixed), (x_t, t), (v, torch.ones_like(t)))
 
@@ -557,6 +554,19 @@ def read_checkpoint(path) -> dict:
     if not isinstance(content, dict):
         raise ValueError(f"{path}: holds a {type(content).__name__}, expected a dict of weights")
     return content
+
+
+def write_checkpoint(content: dict, path: Path) -> None:
+    """Write a .pt file as a temporary one that then takes its name; OSError where the disk is full."""
+    unfinished = path.with_name(path.name + ".tmp")
+    try:
+        torch.save(content, unfinished)
+        os.replace(unfinished, path)
+    except (OSError, RuntimeError) as error:
+        unfinished.unlink(missing_ok=True)
+        reason = str(error).splitlines()[0]
+        raise OSError(f"{path} could not be written ({reason}): free disk space, then --resume; the "
+                      "checkpoint before it is untouched") from error
 
 
 def load_weights(net: nn.Module, weights: dict, path) -> None:

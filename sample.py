@@ -235,10 +235,7 @@ def settings(config: type, argv: list[str] | None, description: str) -> Config:
     cfg = data.parse(config, argv, description, ("checkpoint",))
     if not cfg.checkpoint:
         raise ValueError("which checkpoint? python sample.py runs/glyphs (see --help)")
-    if cfg.n < 1 or cfg.batch < 1:
-        raise ValueError(f"--n {cfg.n} --batch {cfg.batch}: expected at least 1")
-    if cfg.out.endswith(".png") and cfg.n > 10_000:
-        raise ValueError(f"--out {cfg.out}: a grid of {cfg.n:,} is too large; use .npz or a folder")
+    check_numbers(cfg)
     own, usual = own_settings(find_checkpoint(cfg.checkpoint))
     cfg = data.parse(config, argv, description, ("checkpoint",), **usual)
     for name, value in own.items():
@@ -257,11 +254,7 @@ def load(path: str, cfg, device) -> torch.nn.Module:
 
 def write(cfg: Config, net, device, more: str = "", noise=None) -> None:
     """Generate and write cfg.n samples, and print how; `more` is added to that."""
-    try:
-        classes = [int(k) for k in cfg.classes.split(",")] if cfg.classes else None
-    except ValueError:
-        raise ValueError(f"--classes {cfg.classes}: expected whole numbers such as 1,5,7") from None
-    labels = labels_for(cfg.n, net.num_classes, classes)
+    labels = labels_for(cfg.n, net.num_classes, whole_numbers(cfg.classes))
     options = dict(steps=cfg.steps, solver=cfg.solver, guidance=cfg.guidance, shift=cfg.shift, rho=cfg.rho,
                    interval=(cfg.guidance_low, cfg.guidance_high))
     codec = data.codec(cfg.codec, device)
@@ -281,7 +274,21 @@ def main(argv: list[str] | None = None) -> None:
     data.stop_processes()
 
 
-# ---- 4. Guards: guidance that is refused ----
+# ---- 4. Guards: settings and guidance that are refused ----
+
+
+def check_numbers(cfg: Config) -> None:
+    if cfg.n < 1 or cfg.batch < 1:
+        raise ValueError(f"--n {cfg.n} --batch {cfg.batch}: expected at least 1")
+    if cfg.out.endswith(".png") and cfg.n > 10_000:
+        raise ValueError(f"--out {cfg.out}: a grid of {cfg.n:,} is too large; use .npz or a folder")
+
+
+def whole_numbers(text: str) -> list[int]:
+    try:
+        return [int(k) for k in text.split(",")] if text else []
+    except ValueError:
+        raise ValueError(f"--classes {text}: expected whole numbers such as 1,5,7") from None
 
 
 def check_guidance(net, guidance: float, interval: tuple) -> None:

@@ -20,7 +20,6 @@ import dataclasses
 import functools
 import json
 import math
-import os
 import shutil
 import signal
 import time
@@ -249,9 +248,7 @@ def positions_from(step: int, cfg: Config):
 def training_stream(step: int, cfg: Config, source: data.Dataset):
     """This process's batches from `step` on: (items, labels, positions)."""
     mirror = source.mirror if cfg.mirror == "auto" else cfg.mirror == "on"
-    workers = min(4, os.cpu_count()) if isinstance(source, data.Files) else 0
-    workers = cfg.workers if cfg.workers >= 0 else workers
-    return data.stream(source, positions_from(step, cfg), cfg.seed, mirror, workers)
+    return data.stream(source, positions_from(step, cfg), cfg.seed, mirror, cfg.workers)
 
 
 # ---- 3. Networks, fresh or from a checkpoint ----
@@ -316,7 +313,7 @@ def build(cfg: Config, source: data.Dataset) -> model.DiT:
 
 
 def save_checkpoint(out: Path, step: int, seconds: float, cfg: Config, nets, opts, ema, processes) -> None:
-    """Write last.pt, all that a resumed run needs, as a temporary file that then takes its name."""
+    """Write last.pt, which has all that a resumed run needs."""
     networks = {role: {"config": net.config, "weights": net.state_dict(),
                        "optimizer": opts[role].state_dict()} for role, net in nets.items()}
     content = dict(step=step, seconds=seconds, config=dataclasses.asdict(cfg), ema=ema.state_dict(),
@@ -324,19 +321,11 @@ def save_checkpoint(out: Path, step: int, seconds: float, cfg: Config, nets, opt
     content = tree_map(processes.gather, content)
     if data.rank() > 0:
         return
-    path, unfinished = out / "last.pt", out / "last.pt.tmp"
-    try:
-        torch.save(content, unfinished)
-        os.replace(unfinished, path)
-    except (OSError, RuntimeError) as error:
-        unfinished.unlink(missing_ok=True)
-        reason = str(error).splitlines()[0]
-        raise OSError(f"{path} could not be written ({reason}): free disk space, then --resume; the "
-                      "checkpoint before it is untouched") from error
-    if data.extra_file("curves").is_file():
-        data.extra("curves", "loss.png").draw_loss(out / "log.jsonl", out / "loss.png")
+    model.write_checkpoint(content, out / "last.pt")
+    if curves := data.optional("curves"):
+        curves.draw_loss(out / "log.jsonl", out / "loss.png")
     if cfg.keep_every and step % cfg.keep_every == 0:
-        shutil.copyfile(path, out / f"step_{step:07d}.pt")
+        shutil.copyfile(out / "last.pt", out / f"step_{step:07d}.pt")
 
 
 def resume(cfg: Config, source: data.Dataset, nets, opts, ema, processes) -> tuple[int, float]:

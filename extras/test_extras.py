@@ -95,7 +95,8 @@ def needs(asked: bool) -> dict:
         nodes = [n for n in ast.parse(source(name)).body if isinstance(n, ast.ImportFrom)]
         found[name] = {alias.name for node in nodes if node.module == "extras" for alias in node.names}
         found[name] |= {node.module[7:] for node in nodes if node.module.startswith("extras.")}
-        found[name] |= {other for other in NAMES if asked and f'extra("{other}"' in source(name)}
+        found[name] |= {other for other in NAMES if asked
+                        and re.search(f'(extra|optional)\\("{other}"', source(name))}
     for _ in NAMES:
         found = {name: own.union(*(found[other] for other in own)) for name, own in found.items()}
     return found
