@@ -1626,8 +1626,8 @@ def test_house_budgets():
             if isinstance(node, ast.FunctionDef):
                 limit = 60 if (name, node.name) == ("train", "train") else 45
                 assert node.end_lineno - node.lineno < limit, f"{name}.{node.name}: more than {limit} lines"
-    for found, limit in zip(map(sum, zip(*core.values())), (3210, 2945, 156_000, 143_500)):
-        assert found <= limit, core  # the plan: 2,950, 2,700, 150,000 and 135,000
+    for found, limit in zip(map(sum, zip(*core.values())), (3050, 2785, 147_500, 135_000)):
+        assert found <= limit, core  # the plan: 2,950 lines, 2,700 without guards; the bytes are within it
     assert len(dataclasses.fields(train.Config)) <= 45 and model.DiT.__init__.__code__.co_argcount - 1 <= 16
     limits = dict(test_all=1800, attention=400, latents=400) | dict.fromkeys(CORE, 650)
     for path in (*PYTHON_FILES, HERE / "README.md"):
