@@ -241,7 +241,8 @@ def from_run(source: str, cfg: "Config") -> ImageSet:
     path = sample.find_checkpoint(source)
     net, (own, usual) = model.load(path).to(cfg.device), sample.own_settings(path)
     asked = dict(steps=cfg.steps, solver=cfg.solver, guidance=cfg.guidance)
-    options = dict(steps=50, solver="ab2") | usual | {key: value for key, value in asked.items() if value}
+    options = dict(steps=50, solver="ab2") | (usual or dict(interval=sample.INTERVAL))
+    options |= {key: value for key, value in asked.items() if value}
     if wrong := [f"--{key} {options[key]}" for key in own if options[key] != own[key]]:
         raise ValueError(f"{wrong[0]}: {source} jumps to the data in its own way; leave it out")
     labels = sample.labels_for(cfg.num, net.num_classes)

@@ -54,13 +54,14 @@ class Objective:
     turn: Callable = lambda step, cfg: "G"        # which network a step updates
     flags: dict = field(default_factory=dict)     # its own settings: name -> option(..)
     defaults: dict = field(default_factory=dict)  # shared settings in which it differs from fm
+    scratch: dict | None = None                   # where it wants a flow: its settings without --init
     network: Callable = lambda cfg, source: {}    # what it asks of model.create
     discriminator: Callable = lambda cfg, G: model.discriminator(G.config)
     inputs: Callable = lambda role, cfg, source, net: ()  # further arguments of that role's loss
     sampling: Callable = lambda cfg: {}           # how its samples are made, where that is no choice
     check: Callable = lambda cfg: None            # ValueError for impossible settings
     rate: Callable = lambda role, cfg: role == "D" and getattr(cfg, "d_lr", 0) or cfg.lr
-    alarm: float = 0.0                            # a mean loss of D below this: D has won
+    alarm: Callable = lambda row, first: ""       # what goes wrong, by a line of the log and the first one
     draws_images: bool = True                     # whether a run has pictures to show
     points: dict = field(default_factory=dict)    # its settings on the 1-D mixture, if any
 
@@ -212,10 +213,15 @@ def is_jump(draws, cfg) -> Tensor:
 
 
 def two_times(draws, cfg) -> tuple[Tensor, Tensor]:
-    """The times (t, r) of a jump: the larger and the smaller of two draws; r = t where it is no jump."""
-    one, other = sample_times(draws, cfg), sample_times(draws, cfg, "time of the jump's end")
-    t = torch.maximum(one, other)
-    return t, torch.where(is_jump(draws, cfg), torch.minimum(one, other), t)
+    """The times (t, r) of a jump, the larger and the smaller of two draws, or r = t from `sample_times`.
+
+    paper: in its code velocities, too, have the larger of two draws of one distribution; here: jumps may have
+    their own, `jump_time`, and velocities have one draw, or those near the data would not be learned.
+    """
+    draw = data.lookup(TIMES, cfg.jump_time or cfg.time, "--jump_time")
+    one, other = (draw(draws.uniform(purpose), draws, cfg) for purpose in ("jump's start", "jump's end"))
+    jumps, t = is_jump(draws, cfg), sample_times(draws, cfg)
+    return torch.where(jumps, torch.maximum(one, other), t), torch.where(jumps, torch.minimum(one, other), t)
 
 
 def adaptive(error: Tensor, p: float, c: float) -> Tensor:
@@ -242,12 +248,14 @@ def flow_map(cfg) -> dict:
 
 JUMP_OR_FLOW = "jump or flow"  # the draw that decides it
 JUMPS = dict(jumps=option(0.25, "share of samples that learn a jump; others learn the velocity"),
-             p=option(1.0, "a sample's loss l is divided by (l + c)^p, detached; 0: least squares"))
-JUMP_TIMES = dict(time_mean=-0.4, time_std=1.0, sample_steps=1)
-JUMP_POINTS = dict(steps=2500, ema=0.99, p=0.0, jumps=0.5)
+             jump_time=option("uniform", "times of jumps' ends, of those for --time; empty: the same"),
+             p=option(0.0, "a sample's loss l is divided by (l + c)^p, detached; 0: least squares"))
+FROM_FLOW = dict(steps=3000, lr=1e-3, sample_steps=1)
+FROM_SCRATCH = dict(steps=4000, lr=4e-3)
+JUMP_POINTS = dict(steps=2500, ema=0.99, jumps=0.5)
 
-register("meanflow", meanflow, flags=JUMPS, defaults=JUMP_TIMES, check=lambda cfg: check_jumps(cfg),
-         sampling=flow_map, network=lambda cfg, source: dict(times=2), points=JUMP_POINTS)
+register("meanflow", meanflow, flags=JUMPS, defaults=FROM_FLOW, scratch=FROM_SCRATCH, sampling=flow_map,
+         check=lambda cfg: check_jumps(cfg), network=lambda cfg, source: dict(times=2), points=JUMP_POINTS)
 
 
 def ect(net, x, y, draws, cfg):
@@ -259,6 +267,7 @@ def ect(net, x, y, draws, cfg):
 
     paper: EDM's noise levels s and inputs x + s e, sums over pixels; here: s = t / (1 - t), x_t is that
     input over 1 + s, so its log-normal s are our logit-normal t, and means over pixels, c = 0.00054.
+    f(x, 0) = x, without which nothing ties f to the data: see `boundary`.
     """
     t = sample_times(draws, cfg)
     s = t / (1 - t)
@@ -277,14 +286,28 @@ def ect(net, x, y, draws, cfg):
     return (((square + c * c).sqrt() - c) / (s - s_r)).mean(), {"gap": (t - r).mean(), "jump": square.mean()}
 
 
+def boundary(cfg, source) -> dict:
+    """A network that predicts x is to give the jump f(x_t, t) = x_t where t -> 0, as one of v does anyway.
+
+    f is x_net for t > t_min and (1 - t / t_min) x_t + (t / t_min) x_net below, which fades in where noise is
+    as large as data of deviation sd: t / (1 - t) = sd. paper: the same by c_skip(s), c_out(s) of EDM.
+    """
+    return dict(t_min=cfg.data_std / (1 + cfg.data_std))
+
+
 def consistency_model(cfg) -> dict:
     """Sampling by a network that jumps to the data only: there, and part of the way back by new noise."""
     return dict(solver="renoise", guidance=1.0)
 
 
-register("ect", ect, sampling=consistency_model, check=lambda cfg: at_least(cfg, 1, "doublings"),
-         flags=dict(doublings=option(8, "stages of the run, each with steps half as long as before")),
-         defaults=dict(lr=1e-3, label_drop=0.0, time_mean=-1.1, time_std=2.0, sample_steps=1, amp="off"),
+DATA_STD = dict(data_std=option(0.42, "standard deviation of the data's pixels (glyphs: 0.42)"))
+
+register("ect", ect, sampling=consistency_model, network=boundary,
+         check=lambda cfg: (at_least(cfg, 1, "doublings"), at_least(cfg, 0.001, "data_std")),
+         flags=DATA_STD | dict(doublings=option(8, "stages, each with steps half as long as before")),
+         defaults=dict(steps=3000, lr=1e-3, label_drop=0.0, time_mean=-1.1, time_std=2.0, sample_steps=1,
+                       amp="off"),
+         scratch=dict(steps=4000, lr=4e-3, time_mean=0.8, time_std=1.6),
          points=dict(steps=2500, ema=0.99, time="logit_normal", time_std=1.5))
 
 
@@ -400,18 +423,34 @@ def afm_discriminator(cfg, G) -> nn.Module:
     return model.discriminator(G.config, times=min(1, times_of(cfg.nfe)), norm=norm)
 
 
-ADVERSARIAL = dict(d_lr=option(0.0, "learning rate of the discriminator; 0: the same"),
+def game_alarm(indifferent: float, won: float) -> Callable:
+    """The alarm of a game, by the loss of a D that tells nothing apart, and one below which D has won."""
+    def alarm(row: dict, first: dict) -> str:
+        if row["role"] != "D" or row["step"] == first["step"]:
+            return ""
+        if row["loss"] < won:
+            return ("the discriminator wins: look at the samples, start from a flow (--init), or try a lower "
+                    "--d_lr or fewer of its steps")
+        if abs(row["loss"] - indifferent) < 0.01 and row.get("r1", 0.0) < 1e-3:
+            return ("the discriminator is dead, it tells nothing apart, so nothing is learned: try a higher "
+                    "--d_lr, a lower --lr or times at which there is more to see")
+        return ""
+    return alarm
+
+
+ADVERSARIAL = dict(d_lr=option(2e-3, "learning rate of the discriminator; 0: the same"),
                    d_init=option("", "start the discriminator from that of this run or official file"),
                    cp=option(0.01, "weight of the penalty that centres D's values"),
-                   ot=option(0.2, "weight of the transport cost at the first step"),
-                   ot_end=option(0.01, "the same at the last step, half a cosine later"))
+                   ot=option(0.05, "weight of the transport cost at the first step"),
+                   ot_end=option(0.002, "the same at the last step, half a cosine later"))
 AFM = dict(nfe=option(1, "jumps from noise to data; 0: any number, one network for all times"),
-           gp=option(0.25, "weight of the gradient penalties R1 and R2")) | ADVERSARIAL
+           gp=option(0.02, "weight of the gradient penalties R1 and R2")) | ADVERSARIAL
 GAME_ON_POINTS = dict(batch=256, lr=1e-3, d_lr=1e-3, betas=(0.0, 0.9), decay=False)
 
-register("afm", afm_G, afm_D, turn=lambda step, cfg: "DG"[step % 2], alarm=0.05, flags=AFM,
-         defaults=dict(lr=5e-4, decay="constant", beta1=0.0, beta2=0.9, weight_decay=0.01, clip=0.0,
-                       label_drop=0.0),
+register("afm", afm_G, afm_D, turn=lambda step, cfg: "DG"[step % 2], flags=AFM,
+         alarm=game_alarm(indifferent=math.log(2), won=0.05),
+         defaults=dict(steps=2400, lr=1e-4, decay="constant", beta1=0.0, beta2=0.9, weight_decay=0.01,
+                       clip=0.0, ema=0.99, label_drop=0.0), scratch={},
          check=lambda cfg: check_afm(cfg), discriminator=afm_discriminator,
          network=lambda cfg, source: dict(times=times_of(cfg.nfe)),
          sampling=lambda cfg: flow_map(cfg) | (dict(steps=cfg.nfe) if cfg.nfe else {}),
@@ -463,19 +502,17 @@ def cafm_turn(step: int, cfg) -> str:
 
 
 def cafm_discriminator(cfg, G) -> nn.Module:
-    if not getattr(cfg, "init", "no run") and not cfg.resume:
-        data.note(f"{cfg.loss} without --init trains from scratch, slower than from a flow: give --init "
-                  "RUN_OR_CHECKPOINT")
     return model.discriminator(G.config, norm=G.config["norm"].replace("layer", "rms"))
 
 
-CAFM = dict(d_warmup=option(1000, "steps of the discriminator alone before the generator's first"),
-            d_steps=option(4, "steps of the discriminator for one of the generator")) | ADVERSARIAL
+CAFM = dict(d_warmup=option(600, "steps of the discriminator alone before the generator's first"),
+            d_steps=option(8, "steps of the discriminator for one of the generator")) | ADVERSARIAL
 CAFM |= {name: option(value, ADVERSARIAL[name].metadata["help"])
-         for name, value in (("cp", 0.001), ("ot", 0.0), ("ot_end", 0.0))}
+         for name, value in (("d_lr", 5e-4), ("cp", 0.001), ("ot", 0.0), ("ot_end", 0.0))}
 
-register("cafm", cafm_G, cafm_D, turn=cafm_turn, alarm=0.2, flags=CAFM,
-         defaults=dict(beta1=0.0, beta2=0.95, ema=0.99, decay="constant", lr=1e-4),
+register("cafm", cafm_G, cafm_D, turn=cafm_turn, flags=CAFM, alarm=game_alarm(indifferent=2.0, won=0.2),
+         scratch=dict(lr=5e-4), defaults=dict(
+             steps=3300, lr=3e-5, beta1=0.0, beta2=0.95, ema=0.99, time_mean=-0.2, time_std=1.0),
          check=lambda cfg: at_least(cfg, 1, "d_steps"), discriminator=cafm_discriminator,
          points=GAME_ON_POINTS | dict(steps=2400, ema=0.95, d_warmup=0))
 

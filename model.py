@@ -133,17 +133,21 @@ class DiT(nn.Module):
             nn.init.zeros_(self.jump_embedder.mlp[2].weight)
 
     @torch.no_grad()
-    def inherit(self, given: "DiT") -> dict:
+    def inherit(self, given: "DiT", at: float = 1.0) -> dict:
         """The weights that this network takes from `given` (--init), one that is conditioned on t.
 
-        With two times it is then that function for all r, as jump_embedder's own weights give 0. Without a
-        time it is that function at t = 1, whose embedding moves into the label table.
+        With two times it is then that function for all r, as jump_embedder's own weights give 0. With fewer
+        times than `given` it is that function at fixed ones, whose embeddings move into the label table:
+        without any, the jump from t = `at` to 0 (1: a generator from noise; 0: a discriminator of images),
+        with one, the velocity.
         """
-        left = given.training_only + (() if self.times else ("t_embedder.",))
+        left = given.training_only + ("t_embedder.", "jump_embedder.")[self.times:]
         weights = {k: v for k, v in given.state_dict().items() if not k.startswith(left)}
+        table, at = "y_embedder.embedding_table.weight", torch.full((1,), 0.0 if self.times else at)
         if given.times and not self.times:
-            table = "y_embedder.embedding_table.weight"
-            weights[table] = weights[table] + given.t_embedder(torch.ones(1))
+            weights[table] = weights[table] + given.t_embedder(at)
+        if given.times == 2 and self.times < 2:
+            weights[table] = weights[table] + given.jump_embedder(at)
         return {k: v for k, v in self.state_dict().items() if k.startswith("jump_embedder.")} | weights
 
     def read(self, token: Tensor, x: Tensor, c: Tensor, y: Tensor | None = None) -> Tensor:
@@ -340,7 +344,7 @@ def init_xavier_(layer: nn.Module) -> None:
 def clean_velocity(x: Tensor, x_t: Tensor, t: Tensor, t_min: float) -> Tensor:
     """v = (x_t - x) / max(t, t_min) of the clean image x (arXiv:2511.13720, Algorithm 1, in our time).
 
-    paper: t_min = 0.05; here: 0.01 for glyph-S, as steps at t < t_min leave noise, seen on even grounds.
+    Below t_min a step leaves noise, so sampling makes its last step from t_min (`sample.time_grid`).
     """
     return (x_t - x) / t.clamp_min(t_min).view(-1, *[1] * (x.dim() - 1))
 
@@ -434,7 +438,8 @@ def time_derivative(net, x_t: Tensor, t: Tensor, y: Tensor, v: Tensor, *fixed: T
 SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}
 
 ZOO = {"glyph-S": dict(input_size=32, patch=8, channels=3, width=128, depth=4, heads=4, num_classes=10,
-                       predict="x", t_min=0.01)}
+                       predict="x")}
+ZOO["glyph-XS"] = ZOO["glyph-S"] | dict(width=64, depth=2)
 ZOO |= {f"SiT-{size}/{patch}": dict(patch=patch, width=width, depth=depth, heads=heads)
         for size, (width, depth, heads) in SIZES.items() for patch in (2, 4, 8)}
 

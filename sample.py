@@ -70,16 +70,28 @@ def sample(net, e: Tensor, y: Tensor, steps: int, solver: str = "euler", guidanc
     solve = data.lookup(SOLVERS, solver, "solver")
     if getattr(net, "times", 1) == 0 and (steps > 1 or guidance != 1):
         raise ValueError(f"steps {steps}, guidance {guidance:g}: this network needs --steps 1 --guidance 1")
-    e, times = e.to(torch.promote_types(e.dtype, torch.float32)), time_grid(steps, shift, rho)
+    e, end = e.to(torch.promote_types(e.dtype, torch.float32)), 0.0
+    if getattr(net, "predict", "v") == "x":
+        end = net.t_min
+    times = time_grid(steps, shift, rho, end)
     return solve(guided(net, guidance, interval), e, y, times, draws)
 
 
-def time_grid(steps: int, shift: float = 1.0, rho: float = 1.0) -> list[float]:
-    """Times from 1 to 0: shift u / (1 + (shift - 1) u), u = (1 - k/steps)^rho (arXiv:2403.03206, Eq. 23)."""
+def time_grid(steps: int, shift: float = 1.0, rho: float = 1.0, end: float = 0.0) -> list[float]:
+    """Times from 1 to 0: shift u / (1 + (shift - 1) u), u = (1 - k/steps)^rho (arXiv:2403.03206, Eq. 23).
+
+    Where its last step would begin below `end`, it begins there.
+    """
     if steps < 1 or shift <= 0 or rho <= 0:
         raise ValueError(f"time grid of {steps} steps, shift {shift}, rho {rho}: all must be positive")
     u = (1 - torch.arange(steps + 1, dtype=torch.float64) / steps) ** rho
-    return (shift * u / (1 + (shift - 1) * u)).tolist()
+    times = (shift * u / (1 + (shift - 1) * u)).tolist()
+    if steps > 1 and times[-2] < end:
+        return [end + (1 - end) * t for t in time_grid(steps - 1, shift, rho)] + [0.0]
+    return times
+
+
+INTERVAL = 0.2, 0.8  # where the commands guide: above it costs variety, below it there is little to decide
 
 
 def guided(net, guidance=1.0, interval=(0.0, 1.0)):
@@ -217,8 +229,8 @@ class Config:
     steps: int = option(50, "solver steps; a run of jumps has its own default")
     solver: str = option("ab2", "how the flow is integrated")
     guidance: float = option(1.5, "guidance scale; 1 is none")
-    guidance_low: float = option(0.0, "guide only where t is at least this (0 is data)")
-    guidance_high: float = option(1.0, "guide only where t is at most this (1 is noise)")
+    guidance_low: float = option(INTERVAL[0], "guide only where t is at least this (0 is data)")
+    guidance_high: float = option(INTERVAL[1], "guide only where t is at most this (1 is noise)")
     shift: float = option(1.0, "time grid: larger takes smaller steps near the noise")
     rho: float = option(1.0, "time grid: larger takes smaller steps near the data")
     classes: str = option("", "labels to sample, such as 3 or 1,5,7; all in turn when empty")
@@ -237,6 +249,8 @@ def settings(config: type, argv: list[str] | None, description: str) -> Config:
         raise ValueError("which checkpoint? python sample.py runs/glyphs (see --help)")
     check_numbers(cfg)
     own, usual = own_settings(find_checkpoint(cfg.checkpoint))
+    if own:  # jumps, of any length
+        usual |= dict(guidance_low=0.0, guidance_high=1.0)
     cfg = data.parse(config, argv, description, ("checkpoint",), **usual)
     for name, value in own.items():
         if getattr(cfg, name) != value:

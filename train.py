@@ -98,7 +98,13 @@ def config_class(loss: str) -> type:
 
 def configure(loss: str = "fm", **settings) -> Config:
     """The objective's defaults, changed by `settings`."""
-    return config_class(loss)(**losses.find(loss).defaults | settings | dict(loss=loss))
+    return config_class(loss)(**usual(loss, settings.get("init")) | settings | dict(loss=loss))
+
+
+def usual(loss: str, init: str | None) -> dict:
+    """The settings in which the objective differs from fm, from a flow (--init) or from scratch."""
+    objective = losses.find(loss)
+    return objective.defaults | ({} if init else objective.scratch or {})
 
 
 def learning_rate(step: int, cfg: Config, role: str = "G") -> float:
@@ -110,7 +116,7 @@ def learning_rate(step: int, cfg: Config, role: str = "G") -> float:
 def sampling(cfg: Config, guidance: float) -> dict:
     """How grids and scores are sampled; a generator of jumps has its own way."""
     flow = dict(steps=cfg.sample_steps, solver=cfg.solver, guidance=guidance)
-    return flow | losses.find(cfg.loss).sampling(cfg)
+    return flow | (losses.find(cfg.loss).sampling(cfg) or dict(interval=sample.INTERVAL))
 
 
 # ---- 2. The loop ----
@@ -255,8 +261,9 @@ def training_stream(step: int, cfg: Config, source: data.Dataset):
 
 
 def build_all(cfg: Config, source: data.Dataset, device: torch.device) -> dict:
-    """{"G": the generator, "D": a discriminator: fresh, from --d_init, or with --init from G's trunk}."""
-    nets = {"G": build(cfg, source)}
+    """{"G": the generator, "D": a discriminator}, fresh or from --init; D from --d_init if there is one."""
+    given = model.load(sample.find_checkpoint(cfg.init)) if cfg.init and not cfg.resume else None
+    nets = {"G": build(cfg, source, given)}
     if losses.find(cfg.loss).D:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(data.fold(cfg.seed, "weights of D"))
@@ -264,9 +271,8 @@ def build_all(cfg: Config, source: data.Dataset, device: torch.device) -> dict:
         if getattr(cfg, "d_init", "") and not cfg.resume:
             weights = model.discriminator_weights(sample.find_checkpoint(cfg.d_init), cfg.loss)
             model.load_weights(D, weights, cfg.d_init)
-        elif cfg.init and not cfg.resume and isinstance(D, model.Discriminator):
-            own, given = D.trunk.state_dict(), nets["G"].state_dict()
-            model.load_weights(D.trunk, own | {k: v for k, v in given.items() if k in own}, cfg.init)
+        elif given and isinstance(D, model.Discriminator):
+            inherit(D.trunk, given, cfg, at=0.0, partly=True)
     use_amp = cfg.amp == "bf16" or cfg.amp == "auto" and device.type == "cuda"
     for part in nn.ModuleDict(nets).to(device).modules():
         if isinstance(part, model.DiT):
@@ -274,17 +280,16 @@ def build_all(cfg: Config, source: data.Dataset, device: torch.device) -> dict:
     return nets
 
 
-def build(cfg: Config, source: data.Dataset) -> model.DiT:
-    """The generator for this data: fresh, or from --init; when resuming, as the checkpoint has it."""
+def build(cfg: Config, source: data.Dataset, given: model.DiT | None = None) -> model.DiT:
+    """The generator for this data: fresh, or from `given`; when resuming, as the checkpoint has it."""
     if cfg.resume:
         return model.build(model.read_checkpoint(Path(cfg.out) / "last.pt")["networks"]["G"]["config"])
 
-    # Options: of the data, the objective, the network given by --init, and --net.
+    # Options: of the data, the objective, the given network, and --net.
     options = dict(input_size=source.shape[1], channels=source.shape[0], num_classes=source.num_classes)
     options |= losses.find(cfg.loss).network(cfg, source)
     if cfg.predict:
         options["predict"] = cfg.predict
-    given = model.load(sample.find_checkpoint(cfg.init)) if cfg.init else None
     if given:
         parts = [name for name in given.config["parts"] if model.part(name).inherited]
         options["parts"] = [*parts, *options.get("parts", [])]
@@ -299,17 +304,25 @@ def build(cfg: Config, source: data.Dataset) -> model.DiT:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(data.fold(cfg.seed, "weights"))
         net = model.create(cfg.model, **options)
-    if given is None:
-        return net
-    if given.predict != net.predict:
+    if given and given.predict != net.predict:
         raise ValueError(f"--init {cfg.init}: predicts {given.predict}, this run {net.predict}: give "
                          f"--predict {given.predict}, or a --model that predicts it")
-    weights, table = net.inherit(given), "y_embedder.embedding_table.weight"
-    if given.num_classes != net.num_classes:
+    if given and given.num_classes != net.num_classes:
         data.note(f"--init knows {given.num_classes} classes, not {net.num_classes}: new label embedding")
-        weights[table] = net.state_dict()[table]
-    model.load_weights(net, weights, cfg.init)
+    if given:
+        inherit(net, given, cfg)
     return net
+
+
+def inherit(net: model.DiT, given: model.DiT, cfg: Config, at: float = 1.0, partly: bool = False) -> None:
+    """Start from the weights of --init; a network without a time is `given` at time `at`."""
+    weights, own = net.inherit(given, at), net.state_dict()
+    table = "y_embedder.embedding_table.weight"
+    if given.num_classes != net.num_classes:
+        weights[table] = own[table]
+    if partly:
+        weights = own | {k: v for k, v in weights.items() if k in own}
+    model.load_weights(net, weights, cfg.init)
 
 
 def save_checkpoint(out: Path, step: int, seconds: float, cfg: Config, nets, opts, ema, processes) -> None:
@@ -364,10 +377,12 @@ def due(done: int, cfg: Config, ending: bool) -> tuple[bool, bool, bool]:
 class Log:
     """Collects the numbers of each step on the device, to wait for it only now and then."""
 
-    def __init__(self, path: Path, start: int, alarm: float = 0.0):
+    def __init__(self, path: Path, start: int, alarm=lambda row, first: ""):
         self.path, self.pending, self.since, self.alarm = path, [], time.perf_counter(), alarm
+        self.told = set()  # alarms
+        rows = [row for row in read_log(path) if row["step"] <= start]
+        self.first = {row["role"]: row for row in reversed(rows)}
         if path.exists() and data.rank() == 0:  # a resumed run repeats the lines after its checkpoint
-            rows = [row for row in read_log(path) if row["step"] <= start]
             path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     def note(self, step: int, role: str, values: dict, lr: float) -> None:
@@ -396,10 +411,11 @@ class Log:
         if data.rank() == 0:
             with open(self.path, "a") as file:
                 file.writelines(json.dumps(row) + "\n" for row in rows.values())
-        if "D" in rows and rows["D"]["loss"] < self.alarm:
-            data.note(f"step {step + 1}: the discriminator wins (loss {rows['D']['loss']:.3f}): look at the "
-                      "samples, try a lower --d_lr or fewer of its steps")
-            self.alarm = 0.0  # once
+        for role, row in rows.items():
+            wrong = self.alarm(row, self.first.setdefault(role, row))
+            if wrong and wrong not in self.told:  # once
+                data.note(f"step {step + 1}: {wrong} (loss {row['loss']:.3f})")
+                self.told.add(wrong)
         bar.set_postfix(loss=f"{means['loss']:.4f}", img_s=f"{speed:.0f}", refresh=False)
 
 
@@ -450,6 +466,10 @@ def report_start(cfg: Config, source: data.Dataset, net: nn.Module, device: torc
     """Write config.json, say what is trained, and prepare scores before hours of training."""
     if source.shape[0] != 3 and not cfg.codec:
         data.note("no --codec to decode these latents, so no pictures of samples")
+    scratch = losses.find(cfg.loss).scratch
+    if scratch is not None and not (cfg.init or cfg.resume):
+        own = ", ".join(f"{name} {getattr(cfg, name)}" for name in scratch)
+        data.note(f"{cfg.loss} is meant to start from a flow (--init RUN); from scratch: {own or 'may fail'}")
     if scored(cfg):
         fid.glyph_net()
     if data.rank() == 0:
@@ -484,6 +504,7 @@ def read_settings(argv: list[str] | None, **defaults) -> Config:
     given = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     given.add_argument("--loss", default="")
     given.add_argument("--out", default=defaults.get("out", Config.out))
+    given.add_argument("--init", default="")
     given.add_argument("--resume", action="store_true")
     asked, _ = given.parse_known_args(argv)
     last = Path(asked.out) / "last.pt"
@@ -492,8 +513,9 @@ def read_settings(argv: list[str] | None, **defaults) -> Config:
         raise ValueError(f"{last}: give again the --loss {was['loss']} that it was trained with")
     loss = asked.loss or was.get("loss") or defaults.get("loss", "fm")
     objective, kind = losses.find(loss), config_class(loss)
-    known = objective.defaults | defaults | {k: v for k, v in was.items() if hasattr(kind, k)}
-    known |= vars(asked) | dict(loss=loss)
+    known = usual(loss, asked.init or was.get("init")) | defaults
+    known |= {k: v for k, v in was.items() if hasattr(kind, k)} | dict(loss=loss)
+    known |= {k: v for k, v in vars(asked).items() if v}
     return data.parse(kind, argv, __doc__, own=tuple(objective.flags), elsewhere=takers, **known)
 
 

@@ -58,10 +58,10 @@ class Deep(model.Part):
             x = super().trunk(x, c + self.t_embedder(time), y)
         return x
 
-    def inherit(self, given: model.DiT) -> dict:
+    def inherit(self, given: model.DiT, at: float = 1.0) -> dict:
         """Of a flow all weights, those of its time for the passes."""
         kept = {k: v for k, v in given.state_dict().items() if k.startswith(("t_embedder.", "y_embedder."))}
-        return super().inherit(given) | kept
+        return super().inherit(given, at) | kept
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -65,10 +65,10 @@ class Shifts(model.Part):
     def forward(self, x_t: Tensor, t: Tensor, y: Tensor, r: Tensor | None = None, *more: Tensor) -> Tensor:
         return shifted(super().forward, self.source_shift[y], self.target_shift[y], x_t, t, y, r, *more)
 
-    def inherit(self, given: model.DiT) -> dict:
+    def inherit(self, given: model.DiT, at: float = 1.0) -> dict:
         """As a DiT does; shifts stay 0 where `given` has none, so that it starts as that flow."""
         own = {k: v for k, v in self.state_dict().items() if k.endswith("_shift")}
-        return own | super().inherit(given)
+        return own | super().inherit(given, at)
 
 
 # Its objective is flow matching: equation and code are `losses.fm`.

@@ -18,6 +18,8 @@ them): a slow mapping of z (`SlowLinear`), last layers and D's patch embedding a
 start, and a D that learns 2.5 times as fast as G. At equal rates G evades a D that, with G held still, soon
 tells its samples apart.
 """
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -144,7 +146,8 @@ FLAGS = dict(stages=option(3, "stages of the generator, and scales of the discri
              d_lr=option(1e-3, "learning rate of the discriminator; 0: the same"),
              d_init=losses.ADVERSARIAL["d_init"])
 
-losses.register("cat", cat_G, cat_D, turn=lambda step, cfg: "DG"[step % 2], alarm=0.05,
+losses.register("cat", cat_G, cat_D, turn=lambda step, cfg: "DG"[step % 2],
+                alarm=losses.game_alarm(indifferent=math.log(2), won=0.05),
                 flags=FLAGS | flag(0.0), network=network, inputs=inputs, check=check,
                 defaults=dict(beta1=0.0, beta2=0.99, label_drop=0.0, decay="constant", lr=4e-4),
                 discriminator=lambda cfg, G: scale_discriminator(G.config),

@@ -35,7 +35,7 @@ class Guided(nn.Module):
         if reference is None and not net.null_class:
             raise ValueError("guidance without a null label: use guidance 1 or a reference")
         self.net, self.reference, self.channels = net, reference, channels
-        for name in ("shape", "state", "times", "num_classes"):
+        for name in ("shape", "state", "times", "num_classes", "predict", "t_min"):
             setattr(self, name, getattr(net, name, None))
 
     def forward(self, x_t: Tensor, t: Tensor, y: Tensor, r: Tensor, s: Tensor | None = None) -> Tensor:

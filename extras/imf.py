@@ -100,9 +100,9 @@ class Guidance(model.Part):
         w = torch.ones_like(t) if w is None else w
         return super().condition(t, y, r) + self.guide_embedder(1 - 1 / w)
 
-    def inherit(self, given: model.DiT) -> dict:
+    def inherit(self, given: model.DiT, at: float = 1.0) -> dict:
         own = {k: v for k, v in self.state_dict().items() if k.startswith("guide_embedder.")}
-        return own | super().inherit(given)
+        return own | super().inherit(given, at)
 
 
 class VelocityHead(model.Part):
@@ -141,9 +141,9 @@ class VelocityHead(model.Part):
             x = self.run_block(k, x, c, y)
         return x
 
-    def inherit(self, given: model.DiT) -> dict:
+    def inherit(self, given: model.DiT, at: float = 1.0) -> dict:
         """As a DiT does, and the head starts as a copy of the last blocks and the last layer."""
-        weights, own, n = super().inherit(given), self.state_dict(), self.config["velocity_head"]
+        weights, own, n = super().inherit(given, at), self.state_dict(), self.config["velocity_head"]
         if given.config["depth"] != self.config["depth"]:
             raise ValueError(f"--init: a network of {given.config['depth']} blocks, this one has "
                              f"{self.config['depth']}: give the --model and --net of that one")
@@ -185,7 +185,8 @@ FLAGS = losses.JUMPS | dict(
     head=option(1, "blocks that the velocity head has for itself; 0: no head, the boundary form"),
     omega_max=option(4.0, "the network is conditioned on a guidance scale from 1 to this; 1: it is not"))
 
-losses.register("imf", imf, flags=FLAGS, defaults=losses.JUMP_TIMES, check=check_imf, network=network,
+losses.register("imf", imf, flags=FLAGS, defaults=losses.FROM_FLOW, scratch=losses.FROM_SCRATCH,
+                check=check_imf, network=network,
                 sampling=lambda cfg: dict(solver="euler") if cfg.omega_max > 1 else losses.flow_map(cfg),
                 points=losses.JUMP_POINTS | dict(omega_max=1.0, kind=TwoVelocities))
 

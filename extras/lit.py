@@ -54,9 +54,9 @@ class LiT(model.Part):
         block.attn = LinearAttention(self.config["width"], self.config["heads"])
         return block
 
-    def inherit(self, given: model.DiT) -> dict:
+    def inherit(self, given: model.DiT, at: float = 1.0) -> dict:
         """From a network with softmax attention: all but attention, which stays as it is."""
-        weights = super().inherit(given)
+        weights = super().inherit(given, at)
         if isinstance(given, LiT):
             return weights
         own = {k: v for k, v in self.state_dict().items() if ".attn." in k}

@@ -35,7 +35,8 @@ GUIDED = dict(omega=option(1.0, "weight of the sample's velocity in the guided o
               kappa=option(0.0, "weight of the network's velocity in it: guidance is omega / (1 - kappa)"),
               guide_until=option(1.0, "guide only where t is at most this (1 is noise)"))
 
-losses.register("meanflow_guided", losses.meanflow, flags=losses.JUMPS | GUIDED, defaults=losses.JUMP_TIMES,
+losses.register("meanflow_guided", losses.meanflow, flags=losses.JUMPS | GUIDED, defaults=losses.FROM_FLOW,
+                scratch=losses.FROM_SCRATCH,
                 check=lambda cfg: check_guided(cfg), sampling=losses.flow_map,
                 network=lambda cfg, source: dict(times=2), inputs=lambda *_: (guided_velocity,))
 

@@ -105,9 +105,9 @@ class MoE(model.Part):
         """balance times the sum of the layers' `balance`, of the last call."""
         return {"balance": self.config["balance"] * sum(layer.balance for layer in expert_layers(self))}
 
-    def inherit(self, given: model.DiT) -> dict:
+    def inherit(self, given: model.DiT, at: float = 1.0) -> dict:
         """From a network without experts: all but the MLPs, which stay as they are."""
-        weights = super().inherit(given)
+        weights = super().inherit(given, at)
         if isinstance(given, MoE):
             return weights
         own = {k: v for k, v in self.state_dict().items() if of_an_mlp(k)}

@@ -91,11 +91,11 @@ class Projected(model.Part):
             out = self.projectors[0](self.tokens)
         return out.to(torch.promote_types(out.dtype, torch.float32))
 
-    def inherit(self, given: model.DiT) -> dict:
+    def inherit(self, given: model.DiT, at: float = 1.0) -> dict:
         """The projector as well, from a network that has one to as many features; a fresh one otherwise."""
         theirs = given.state_dict() if given.config.get("features") == self.config["features"] else {}
         own = {k: theirs.get(k, v) for k, v in self.state_dict().items() if k.startswith("projectors.")}
-        return super().inherit(given) | own
+        return super().inherit(given, at) | own
 
     def __getstate__(self) -> dict:
         """What a copy of the network is made of: not the tokens of its last call, which have a graph."""

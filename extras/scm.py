@@ -24,8 +24,7 @@ from torch import Tensor
 import data
 import losses
 import model
-from data import option
-from losses import drop_labels, expand_dims, interpolate, progress, sample_times, velocity_target
+from losses import drop_labels, expand_dims, interpolate, progress, sample_times
 
 
 def scm(net, x: Tensor, y: Tensor, draws: data.Draws, cfg) -> tuple[Tensor, dict]:
@@ -38,14 +37,14 @@ def scm(net, x: Tensor, y: Tensor, draws: data.Draws, cfg) -> tuple[Tensor, dict
 
     paper: a learned weight of each t; here: none, as g, once normalised (|.|: root of the mean over pixels),
     is alike at all t. paper: a factor that grows from 0 to 1 before all that moves with a; here: before
-    du/dt, over a fifth of the run.
+    du/dt, over a fifth of the run. f(x, 0) = x: see `losses.boundary`.
     """
     t = sample_times(draws, cfg)
 
     e = draws.normal("noise", x.shape[1:])
     x_t, y = interpolate(x, e, t), drop_labels(net, y, draws, cfg)
 
-    v, u = velocity_target(net, x, e, x_t, t), net(x_t, t, y)
+    v, u = e - x, net(x_t, t, y)
     _, dudt = model.time_derivative(net, x_t, t, y, v.to(x_t.dtype))
     dfdt = v - u.detach() - min(1, 5 * progress(draws, cfg)) * expand_dims(t, x) * dudt
     S = ((cfg.data_std * (1 - t)) ** 2 + t ** 2).sqrt()
@@ -57,15 +56,10 @@ def scm(net, x: Tensor, y: Tensor, draws: data.Draws, cfg) -> tuple[Tensor, dict
     return error.square().mean(), {"tangent": size.mean()}
 
 
-def check_scm(cfg) -> None:
-    if not cfg.data_std > 0:
-        raise ValueError(f"--data_std {cfg.data_std}: expected a deviation above 0")
-
-
-FLAGS = dict(data_std=option(0.42, "standard deviation of the data's pixels (glyphs: 0.42)"))
-
-losses.register("scm", scm, flags=FLAGS, check=check_scm, sampling=losses.consistency_model,
-                defaults=dict(lr=1e-3, label_drop=0.0, time_mean=-1.0, time_std=1.4, sample_steps=1),
+losses.register("scm", scm, flags=losses.DATA_STD, network=losses.boundary,
+                check=lambda cfg: losses.at_least(cfg, 0.001, "data_std"), sampling=losses.consistency_model,
+                defaults=dict(steps=2500, lr=1e-3, label_drop=0.0, time_mean=-1.0, time_std=1.4,
+                              sample_steps=1),
                 points=dict(steps=2500, ema=0.99, data_std=1.1))
 
 

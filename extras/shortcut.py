@@ -84,7 +84,8 @@ FLAGS = dict(jumps=option(0.125, "share of samples that learn a jump; the others
              finest=option(128, "the shortest jumps are 1 / finest long, a power of 2"),
              omega=option(1.0, "guidance scale that the network learns; 1 is none"))
 
-losses.register("shortcut", shortcut, flags=FLAGS, defaults=dict(time="uniform", sample_steps=1),
+losses.register("shortcut", shortcut, flags=FLAGS, defaults=losses.FROM_FLOW | dict(time="uniform"),
+                scratch=losses.FROM_SCRATCH,
                 check=check_shortcut, sampling=losses.flow_map, network=lambda cfg, source: dict(times=2),
                 points=dict(steps=2500, ema=0.99, jumps=0.5))
 

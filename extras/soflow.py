@@ -58,7 +58,8 @@ def soflow(net, x: Tensor, y: Tensor, draws: data.Draws, cfg) -> tuple[Tensor, d
     return (half * adaptive(error, cfg.p, 0.01)).mean(), two_errors(error, t, r)
 
 
-losses.register("soflow", soflow, flags=losses.JUMPS | GUIDED, defaults=losses.JUMP_TIMES | dict(amp="off"),
+losses.register("soflow", soflow, flags=losses.JUMPS | GUIDED, defaults=losses.FROM_FLOW | dict(amp="off"),
+                scratch=losses.FROM_SCRATCH,
                 check=check_guided, sampling=losses.flow_map, network=lambda cfg, source: dict(times=2),
                 points=losses.JUMP_POINTS)
 

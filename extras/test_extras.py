@@ -195,7 +195,8 @@ def test_guidance_by_a_network_and_of_channels(tmp_path, capsys):
     raises(lambda: guidance.main([*command, "--guidance", "1"]), "--reference", "guidance 1 is none")
     guidance.main([*command, "--guidance", "2", "--guide_channels", "1"])
     told = capsys.readouterr().out
-    assert f"guidance 2 (autoguidance by {path}, of the first 1 channels; evaluations doubled)" in told
+    words = f"(autoguidance by {path}, of the first 1 channels; evaluations doubled)"
+    assert f"conditioned on guidance 2 on t in [0.2, 0.8] {words}" in told
 
 
 def test_curves_of_a_run(tmp_path, capsys, monkeypatch):
