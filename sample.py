@@ -70,11 +70,9 @@ def sample(net, e: Tensor, y: Tensor, steps: int, solver: str = "euler", guidanc
     solve = data.lookup(SOLVERS, solver, "solver")
     if getattr(net, "times", 1) == 0 and (steps > 1 or guidance != 1):
         raise ValueError(f"steps {steps}, guidance {guidance:g}: this network needs --steps 1 --guidance 1")
-    e, end = e.to(torch.promote_types(e.dtype, torch.float32)), 0.0
-    if getattr(net, "predict", "v") == "x":
-        end = net.t_min
-    times = time_grid(steps, shift, rho, end)
-    return solve(guided(net, guidance, interval), e, y, times, draws)
+    e = e.to(torch.promote_types(e.dtype, torch.float32))
+    end = net.t_min if getattr(net, "predict", "v") == "x" else 0.0
+    return solve(guided(net, guidance, interval), e, y, time_grid(steps, shift, rho, end), draws)
 
 
 def time_grid(steps: int, shift: float = 1.0, rho: float = 1.0, end: float = 0.0) -> list[float]:

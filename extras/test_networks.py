@@ -599,7 +599,7 @@ def test_aligned_trains(tmp_path, encoded, monkeypatch, capsys):  # noqa: F811
     assert "cosine of sampled tokens" in capsys.readouterr().out
     for module in (moe, repa, reg, official):
         module.main([])  # its own text
-    assert capsys.readouterr().out.count("python -m extras.") == 5
+    assert capsys.readouterr().out.count("python -m extras.") == 6
     raises(lambda: repa.main([str(tmp_path / "plain")]), "without alignment")
     raises(lambda: reg.main([str(tmp_path / "reg")]), "--encoder")
 
