@@ -176,7 +176,7 @@ class Dataset:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor] | ValueError:
+    def __getitem__(self, indices: list[int]) -> tuple[Tensor, Tensor] | ValueError:
         """A batch, for DataLoader; an error comes back as a value, so that it stays one line."""
         try:
             items, labels = zip(*map(self.item, indices))
@@ -273,7 +273,8 @@ def read_npz(path: Path, size: int | None) -> Arrays | None:
         with np.load(path, allow_pickle=False) as file:
             held = sorted(file)
             key = "images" if "images" in held else "arr_0"
-            images = map_member(path, key) if key in held else None
+            formats = optional("formats")  # maps from disk
+            images = (formats.map_member(path, key) if formats else file[key]) if key in held else None
             labels = next((file[k] for k in ("labels", "arr_1") if k in held), None)
     except Exception as error:  # of numpy, zipfile and zlib
         why = " ".join(str(error).split())[:80]
@@ -288,21 +289,6 @@ def read_npz(path: Path, size: int | None) -> Arrays | None:
     return Arrays(images, check_labels(labels, len(images), str(path)), size)
 
 
-def map_member(path: Path, key: str) -> np.ndarray:
-    """An array of an npz: mapped from disk, or read into memory where it is compressed."""
-    with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
-        member = archive.getinfo(f"{key}.npy")
-        if member.compress_type != zipfile.ZIP_STORED:
-            return np.lib.format.read_array(archive.open(member))
-        file.seek(member.header_offset + 26)  # the lengths of what ends the local header
-        file.seek(member.header_offset + 30 + sum(np.frombuffer(file.read(4), "<u2").tolist()))
-        version, read = np.lib.format.read_magic(file), np.lib.format.read_array_header_2_0
-        shape, fortran, dtype = (np.lib.format.read_array_header_1_0 if version == (1, 0) else read)(file)
-        if dtype.hasobject or file.tell() + math.prod(shape) * dtype.itemsize > os.path.getsize(path):
-            raise ValueError("cut short, or not numbers")
-        return np.memmap(path, dtype, "r", file.tell(), shape, "F" if fortran else "C")
-
-
 READERS = {"glyphs": read_glyphs, "npz": read_npz, "folder": read_folder}  # (path, size) -> Dataset, or None
 
 
@@ -310,9 +296,7 @@ def dataset(source: str, size: int | None = None) -> Dataset:
     """The data set at a path, or glyphs, or glyphs:SEED; images are cropped to `size`; None: as they are."""
     path, absent = Path(source), ""
     for module in ("", "formats", "latents"):  # of extras/, where the core's readers do not know the path
-        if module and extra_file(module).exists():
-            extra(module, source)
-        elif module:
+        if module and not optional(module):
             absent += f"; extras/{module}.py is not there"
         for read in list(READERS.values()):
             if (found := read(path, size)) is not None:
@@ -337,20 +321,18 @@ def index_at(n: int, position: int, seed: int) -> int:
     return int(permutation(n, seed, epoch)[offset])
 
 
-def _as_it_is(batch):
-    return batch
-
-
 def _ignore_signals(_worker: int) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):  # the main process finishes its step and saves
         signal.signal(number, signal.SIG_IGN)
 
 
 def batches(source: Dataset, index_lists: typing.Iterable[list[int]], workers: int = 0):
-    """Yield (items (b, C, h, w), labels int64 (b,)) for each list of indices."""
+    """Yield (items (b, C, h, w), labels int64 (b,)) for each list of indices; workers -1: 4 for files."""
+    if workers < 0:
+        workers = min(4, os.cpu_count()) if isinstance(source, Files) else 0
     loader = torch.utils.data.DataLoader(
-        source, batch_sampler=index_lists, collate_fn=_as_it_is, num_workers=workers,
-        worker_init_fn=_ignore_signals, generator=torch.Generator())  # torch's own stays as it is
+        source, batch_size=None, sampler=index_lists, num_workers=workers, worker_init_fn=_ignore_signals,
+        generator=torch.Generator())  # torch's own stays as it is
     for batch in loader:
         if isinstance(batch, ValueError):
             raise batch
@@ -380,6 +362,11 @@ def extra(name: str, why: str):
         return importlib.import_module(f"extras.{name}")
     except ImportError as error:
         raise ValueError(f"{why}: extras/{name}.py needs what is not there: {error}") from error
+
+
+def optional(name: str):
+    """The module extras/NAME.py; None where there is none."""
+    return extra(name, name) if extra_file(name).is_file() else None
 
 
 def lookup(table: dict, name: str, what: str):
@@ -536,24 +523,6 @@ def check_labels(labels, n: int, where: str) -> Tensor:
     if n and (labels.min() < 0 or labels.max() >= 10 ** 6):
         raise ValueError(f"{where}: labels from {labels.min()} to {labels.max()}; expected 0 .. classes - 1")
     return torch.from_numpy(labels.astype(np.int64))
-
-
-def digest(path: str | Path) -> str:
-    """sha256 of a file."""
-    with open(Path(path).expanduser(), "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def require_file(path: str | Path, what: str, url: str, size: int, sha256: str) -> Path:
-    """The path of a file the user has downloaded, checked by size and sha256 (or its first digits)."""
-    path = Path(path).expanduser()
-    fix = f"download {url} ({size:,} bytes, sha256 {sha256}) to {path}"
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: {what} not found; {fix}")
-    length, own = path.stat().st_size, digest(path)
-    if length != size or not own.startswith(sha256):
-        raise ValueError(f"{path}: {length:,} bytes, sha256 {own[:16]}: incomplete, or not {what}; {fix}")
-    return path
 
 
 if __name__ == "__main__":

@@ -214,7 +214,7 @@ def open_set(source, net: nn.Module, cfg: "Config", role: str) -> ImageSet:
         batches = ((list(itertools.islice(numbers, len(images))), images, None) for images in source)
         return ImageSet("an iterable", None, batches=batches)
     source = str(source)
-    stored = data.extra("stored", source) if data.extra_file("stored").is_file() else None
+    stored = data.optional("stored")
     if stored and (statistics := stored.find(source, net, cfg, role)):
         return statistics
     is_run = source.endswith((".pt", ".pth")) or (Path(source) / "last.pt").exists()
@@ -228,8 +228,7 @@ def from_dataset(source: str, cfg: "Config", role: str) -> ImageSet:
     order = torch.randperm(len(images), generator=data.generator("subset", cfg.seed))
     chosen = order[:cfg.subset or None].sort().values
     lists = [part.tolist() for part in chosen.split(cfg.batch)][data.rank()::data.world()]
-    workers = min(4, os.cpu_count()) if isinstance(images, data.Files) else 0
-    items = data.batches(images, lists, workers if cfg.workers < 0 else cfg.workers)
+    items = data.batches(images, lists, cfg.workers)
     batches = ((indices, *batch) for indices, batch in zip(lists, items))
     labels = torch.as_tensor(images.labels)[chosen] if images.num_classes > 1 else None
     return ImageSet(source, len(chosen), list(images.shape[1:]), batches, labels)

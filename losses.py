@@ -517,70 +517,7 @@ register("cafm", cafm_G, cafm_D, turn=cafm_turn, flags=CAFM, alarm=game_alarm(in
          points=GAME_ON_POINTS | dict(steps=2400, ema=0.95, d_warmup=0))
 
 
-# ---- 5. A world where everything is known: the Gaussian mixture ----
-
-
-@dataclass(eq=False)
-class Mixture:
-    """Data sum_k w_k N(m_k, s_k^2 I), with velocity, score and 1-D flow map in closed form.
-
-    means (K, D), stds (K,), weights (K,). Points x_t are (B, D), times t (B,). Tests use float64.
-    """
-    means: Tensor
-    stds: Tensor
-    weights: Tensor
-
-    def sample(self, n: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
-        """n points (n, D) and the component (n,) each came from."""
-        k = torch.multinomial(self.weights, n, True, generator=rng)
-        noise = torch.randn(n, self.means.shape[1], generator=rng, dtype=self.means.dtype)
-        return self.means[k] + self.stds[k, None] * noise, k
-
-    def components(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Of each: log(w_k p_t,k(x_t)) + const (B, K), x_t - (1-t) m_k (B, K, D), variance (B, K)."""
-        t = t[:, None]
-        variance = ((1 - t) * self.stds) ** 2 + t ** 2
-        offset = x_t[:, None] - (1 - t)[..., None] * self.means
-        log_p = -offset.square().sum(-1) / (2 * variance) - 0.5 * x_t.shape[1] * variance.log()
-        return self.weights.log() + log_p, offset, variance
-
-    def velocity(self, x_t: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
-        """E[e - x | x_t], the minimiser of flow matching; with labels y (B,), of these components alone.
-
-        E[e - x | x_t, k] = (t - (1-t) s_k^2) / ((1-t)^2 s_k^2 + t^2) (x_t - (1-t) m_k) - m_k.
-        """
-        log_p, offset, variance = self.components(x_t, t)
-        p = log_p.softmax(-1) if y is None else F.one_hot(y, len(self.weights)).to(log_p)
-        slope = (t[:, None] - (1 - t)[:, None] * self.stds ** 2) / variance
-        return (p[..., None] * (slope[..., None] * offset - self.means)).sum(1)
-
-    def score(self, x_t: Tensor, t: Tensor) -> Tensor:
-        """grad log p_t(x_t) = -E[e | x_t] / t."""
-        log_p, offset, variance = self.components(x_t, t)
-        return -((log_p.softmax(-1) / variance)[..., None] * offset).sum(1)
-
-    def cdf(self, x_t: Tensor, t: Tensor) -> Tensor:
-        """F_t(x_t) of 1-D data: (B, 1) -> (B, 1)."""
-        _, offset, variance = self.components(x_t, t)
-        return (self.weights * torch.special.ndtr(offset[..., 0] / variance.sqrt())).sum(1, keepdim=True)
-
-    def flow(self, x_t: Tensor, t: Tensor, r: Tensor) -> Tensor:
-        """The 1-D flow map from time t to r: the monotone one, F_r(x_r) = F_t(x_t), by bisection."""
-        target = self.cdf(x_t, t)
-        reach = self.means.abs().max() + 10 * (1 + self.stds.max())
-        low, high = torch.full_like(x_t, -reach), torch.full_like(x_t, reach)
-        for _ in range(80):
-            middle = (low + high) / 2
-            below = self.cdf(middle, r) < target
-            low, high = torch.where(below, middle, low), torch.where(below, high, middle)
-        return (low + high) / 2
-
-
-FOUR_MODES = Mixture(torch.tensor([[-1.5], [-0.5], [0.4], [1.6]]), torch.tensor([0.12, 0.2, 0.1, 0.25]),
-                     torch.tensor([0.2, 0.3, 0.15, 0.35]))
-
-
-# ---- 6. Guards: settings that are refused ----
+# ---- 5. Guards: settings that are refused ----
 
 
 def at_least(cfg, lowest: float, *names: str) -> None:

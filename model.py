@@ -14,13 +14,14 @@ import argparse
 import contextlib
 import inspect
 import math
+import os
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import data
@@ -228,8 +229,8 @@ _backend = "fused"
 def attention_backend(name: str):
     """Select a backend of `ATTENTION` inside the with block; outside it is "fused"."""
     global _backend
-    if name not in ATTENTION and data.extra_file("attention").is_file():
-        data.extra("attention", name)
+    if name not in ATTENTION:
+        data.optional("attention")
     data.lookup(ATTENTION, name, "attention backend")
     before, _backend = _backend, name
     try:
@@ -272,19 +273,14 @@ class FinalLayer(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) over the last axis, times weights if there is a width; built from primitive ops."""
-
-    def __init__(self, width: int = 0):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width)) if width else None
+    """x / rms(x) over the last axis, built from primitive ops."""
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
-        return x if self.weight is None else x * self.weight
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
 
 
 NORMS = {"layer": lambda width: nn.LayerNorm(width, elementwise_affine=False, eps=1e-6),
-         "rms": lambda width: RMSNorm(), "rms_weight": RMSNorm}
+         "rms": lambda width: RMSNorm()}
 
 
 class PatchEmbed(nn.Module):
@@ -321,10 +317,10 @@ class LabelEmbedder(nn.Module):
         return self.embedding_table(y)
 
 
-def sinusoid(t: Tensor, features: int, max_period: float = 1e4) -> Tensor:
-    """[cos(f_i t), sin(f_i t)], f_i = max_period^(-2i/features): times (B,) -> (B, features), as DiT."""
+def sinusoid(t: Tensor, features: int) -> Tensor:
+    """[cos(f_i t), sin(f_i t)], f_i = 10^(-8i/features): times (B,) -> (B, features), as DiT."""
     half = features // 2
-    f = torch.exp(-math.log(max_period) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
+    f = torch.exp(-math.log(1e4) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
     angle = t[:, None].to(torch.promote_types(t.dtype, torch.float32)) * f
     return torch.cat([angle.cos(), angle.sin()], -1)
 
@@ -430,7 +426,8 @@ def time_derivative(net, x_t: Tensor, t: Tensor, y: Tensor, v: Tensor, *fixed: T
     target of a loss (MeanFlow, arXiv:2505.13447, Eq. 8).
     """
     net = bare(net)
-    refuse(net, x_t, t, y, *fixed)
+    if operators := data.optional("operators"):
+        operators.operators(net, x_t, t, y, *fixed)  # refuses those that torch gets wrong
     with attention_backend(backend):
         return torch.func.jvp(lambda x_t, t: net(x_t, t, y, *fixed), (x_t, t), (v, torch.ones_like(t)))
 
@@ -564,6 +561,19 @@ def read_checkpoint(path) -> dict:
     return content
 
 
+def write_checkpoint(content: dict, path: Path) -> None:
+    """Write a .pt file as a temporary one that then takes its name; OSError where the disk is full."""
+    unfinished = path.with_name(path.name + ".tmp")
+    try:
+        torch.save(content, unfinished)
+        os.replace(unfinished, path)
+    except (OSError, RuntimeError) as error:
+        unfinished.unlink(missing_ok=True)
+        reason = str(error).splitlines()[0]
+        raise OSError(f"{path} could not be written ({reason}): free disk space, then --resume; the "
+                      "checkpoint before it is untouched") from error
+
+
 def load_weights(net: nn.Module, weights: dict, path) -> None:
     """Strict load; a ValueError names the first keys or shapes that differ."""
     own = net.state_dict()
@@ -584,36 +594,6 @@ def bare(net):
         raise ValueError("a derivative through DistributedDataParallel misses its gradient exchange: wrap "
                          "the module that takes the derivative (as train.Loss), not the network inside")
     return getattr(net, "_orig_mod", net)
-
-
-class _Watch(TorchDispatchMode):
-    """Notes the names of all operators that run below autograd."""
-
-    def __init__(self):
-        super().__init__()
-        self.seen = set()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.seen.add(function.name())
-        return function(*args, **(kwargs or {}))
-
-
-@torch.no_grad()
-def refuse(net, *inputs) -> set:
-    """The names of a network's operators, found by a pass of one sample the first time.
-
-    ValueError where one is a custom operator, which torch.func.jvp takes for a constant.
-    """
-    if not hasattr(net, "operators"):
-        with _Watch() as watch:
-            net(*(x if x is None else x[:1] for x in inputs))
-        net.operators = watch.seen
-    known = ("aten", "prim", "prims", "c10d", "fsdp", "profiler")  # the last two work on weights alone
-    custom = [name for name in sorted(net.operators) if name.split("::")[0] not in known]
-    if custom:
-        raise ValueError(f"torch.func.jvp takes the custom operator {custom[0]} for a constant: write it "
-                         "with torch's operators or as a torch.autograd.Function with a jvp")
-    return net.operators
 
 
 if __name__ == "__main__":

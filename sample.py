@@ -65,16 +65,14 @@ SOLVERS = {"euler": euler, "heun": heun, "ab2": ab2, "renoise": renoise}
 
 @torch.no_grad()
 def sample(net, e: Tensor, y: Tensor, steps: int, solver: str = "euler", guidance=1.0, interval=(0.0, 1.0),
-           reference=None, shift=1.0, rho=1.0, channels=0, draws: data.Draws | None = None) -> Tensor:
+           shift=1.0, rho=1.0, draws: data.Draws | None = None) -> Tensor:
     """Samples (B, C, h, w), float32 or wider, of a velocity network from noise e and labels y (B,)."""
     solve = data.lookup(SOLVERS, solver, "solver")
     if getattr(net, "times", 1) == 0 and (steps > 1 or guidance != 1):
         raise ValueError(f"steps {steps}, guidance {guidance:g}: this network needs --steps 1 --guidance 1")
-    e, end = e.to(torch.promote_types(e.dtype, torch.float32)), 0.0
-    if getattr(net, "predict", "v") == "x":
-        end = net.t_min
-    times = time_grid(steps, shift, rho, end)
-    return solve(guided(net, guidance, interval, reference, channels), e, y, times, draws)
+    e = e.to(torch.promote_types(e.dtype, torch.float32))
+    end = net.t_min if getattr(net, "predict", "v") == "x" else 0.0
+    return solve(guided(net, guidance, interval), e, y, time_grid(steps, shift, rho, end), draws)
 
 
 def time_grid(steps: int, shift: float = 1.0, rho: float = 1.0, end: float = 0.0) -> list[float]:
@@ -94,16 +92,15 @@ def time_grid(steps: int, shift: float = 1.0, rho: float = 1.0, end: float = 0.0
 INTERVAL = 0.2, 0.8  # where the commands guide: above it costs variety, below it there is little to decide
 
 
-def guided(net, guidance=1.0, interval=(0.0, 1.0), reference=None, channels: int = 0):
+def guided(net, guidance=1.0, interval=(0.0, 1.0)):
     """The velocity (x (B, ...), t float, y (B,), r float) -> v, guided with scale s for low <= t <= high:
 
         v = v_ref + s (v_net - v_ref)
 
     v_ref: the same network under the null label (classifier-free guidance, arXiv:2207.12598, where s = 1 is
-    none; interval: arXiv:2404.07724), or `reference`, a weaker network (autoguidance, arXiv:2406.02507). A
-    network conditioned on s gives v in one call. r: the end of a jump; channels: how many are guided, 0: all.
+    none; interval: arXiv:2404.07724). A network conditioned on s gives v in one call. r: the end of a jump.
     """
-    check_guidance(net, guidance, interval, reference, channels)
+    check_guidance(net, guidance, interval)
 
     def velocity(x: Tensor, t: float, y: Tensor, r: float | None = None) -> Tensor:
         start, end = (x.new_full((len(x),), time) for time in (t, t if r is None else r))
@@ -111,13 +108,9 @@ def guided(net, guidance=1.0, interval=(0.0, 1.0), reference=None, channels: int
             return net(x, start, y, end)
         if getattr(net, "guidance_conditioned", False):
             return net(x, start, y, end, torch.full_like(start, guidance))
-        if reference is not None:
-            v, v_ref = net(x, start, y, end), reference(x, start, y, end)
-        else:  # both in one call: faster than two
-            pairs = (x, x), (start, start), (y, torch.full_like(y, net.num_classes)), (end, end)
-            v, v_ref = net(*map(torch.cat, pairs)).chunk(2)
-        v_guided = v_ref + guidance * (v - v_ref)
-        return torch.cat([v_guided[:, :channels], v[:, channels:]], 1) if channels else v_guided
+        pairs = (x, x), (start, start), (y, torch.full_like(y, net.num_classes)), (end, end)
+        v, v_ref = net(*map(torch.cat, pairs)).chunk(2)  # one call is faster than two
+        return v_ref + guidance * (v - v_ref)
 
     return velocity
 
@@ -156,17 +149,15 @@ def image_shape(net, codec=None) -> tuple[int, int, int]:
     return codec.image_shape(net.shape) if codec else tuple(net.shape)
 
 
-def describe(steps: int, solver: str, guidance: float, interval=(0.0, 1.0), reference: str = "", shift=1.0,
-             rho=1.0, channels: int = 0, conditioned: bool = False) -> str:
+def describe(steps: int, solver: str, guidance: float, interval=(0.0, 1.0), shift=1.0, rho=1.0,
+             conditioned: bool = False) -> str:
     """How samples were made, in words; conditioned: the network takes the guidance scale as an input."""
     text = f"{solver}, {steps} steps, {2 * steps - 1 if solver == 'heun' else steps} network evaluations"
     if shift != 1 or rho != 1:
         text += f", grid shift {shift:g} rho {rho:g}"
     if guidance == 1:
         return text + ", no guidance"
-    text += ", conditioned on" if conditioned else " (doubled where guided),"
-    text += f" autoguidance by {reference}" if reference else " guidance"
-    text += f" {guidance:g}" + (f" of the first {channels} channels" if channels else "")
+    text += f"{', conditioned on' if conditioned else ' (doubled where guided),'} guidance {guidance:g}"
     return text if interval == (0.0, 1.0) else f"{text} on t in [{interval[0]:g}, {interval[1]:g}]"
 
 
@@ -238,8 +229,6 @@ class Config:
     guidance: float = option(1.5, "guidance scale; 1 is none")
     guidance_low: float = option(INTERVAL[0], "guide only where t is at least this (0 is data)")
     guidance_high: float = option(INTERVAL[1], "guide only where t is at most this (1 is noise)")
-    guide_channels: int = option(0, "guide the first so many channels; 0: all (figures of DiT, SiT: 3)")
-    reference: str = option("", "autoguidance: the checkpoint of a weaker network, instead of the null label")
     shift: float = option(1.0, "time grid: larger takes smaller steps near the noise")
     rho: float = option(1.0, "time grid: larger takes smaller steps near the data")
     classes: str = option("", "labels to sample, such as 3 or 1,5,7; all in turn when empty")
@@ -256,10 +245,7 @@ def settings(config: type, argv: list[str] | None, description: str) -> Config:
     cfg = data.parse(config, argv, description, ("checkpoint",))
     if not cfg.checkpoint:
         raise ValueError("which checkpoint? python sample.py runs/glyphs (see --help)")
-    if cfg.n < 1 or cfg.batch < 1:
-        raise ValueError(f"--n {cfg.n} --batch {cfg.batch}: expected at least 1")
-    if cfg.out.endswith(".png") and cfg.n > 10_000:
-        raise ValueError(f"--out {cfg.out}: a grid of {cfg.n:,} is too large; use .npz or a folder")
+    check_numbers(cfg)
     own, usual = own_settings(find_checkpoint(cfg.checkpoint))
     if own:  # jumps, of any length
         usual |= dict(guidance_low=0.0, guidance_high=1.0)
@@ -267,8 +253,6 @@ def settings(config: type, argv: list[str] | None, description: str) -> Config:
     for name, value in own.items():
         if getattr(cfg, name) != value:
             raise ValueError(f"--{name} {getattr(cfg, name)}: fixed by the run; leave it out (it is {value})")
-    if cfg.reference and cfg.guidance == 1:
-        raise ValueError(f"--reference {cfg.reference}: guidance 1 is none; give more, or leave it out")
     return cfg
 
 
@@ -282,19 +266,14 @@ def load(path: str, cfg, device) -> torch.nn.Module:
 
 def write(cfg: Config, net, device, more: str = "", noise=None) -> None:
     """Generate and write cfg.n samples, and print how; `more` is added to that."""
-    try:
-        classes = [int(k) for k in cfg.classes.split(",")] if cfg.classes else None
-    except ValueError:
-        raise ValueError(f"--classes {cfg.classes}: expected whole numbers such as 1,5,7") from None
-    labels = labels_for(cfg.n, net.num_classes, classes)
+    labels = labels_for(cfg.n, net.num_classes, whole_numbers(cfg.classes))
     options = dict(steps=cfg.steps, solver=cfg.solver, guidance=cfg.guidance, shift=cfg.shift, rho=cfg.rho,
-                   interval=(cfg.guidance_low, cfg.guidance_high), channels=cfg.guide_channels,
-                   reference=load(cfg.reference, cfg, device) if cfg.reference else None)
+                   interval=(cfg.guidance_low, cfg.guidance_high))
     codec = data.codec(cfg.codec, device)
     fake = generate(net, labels, cfg.seed, cfg.batch, "sampling", codec, noise, **options)
     write_samples(fake, labels, image_shape(net, codec), Path(cfg.out))
     if data.rank() == 0:
-        how = describe(**options | dict(reference=cfg.reference, conditioned=net.guidance_conditioned))
+        how = describe(conditioned=net.guidance_conditioned, **options)
         print(f"wrote {cfg.out}: {cfg.n:,} samples, {how}{more}, {cfg.weights} weights, seed {cfg.seed}")
 
 
@@ -307,18 +286,30 @@ def main(argv: list[str] | None = None) -> None:
     data.stop_processes()
 
 
-# ---- 4. Guards: guidance that is refused ----
+# ---- 4. Guards: settings and guidance that are refused ----
 
 
-def check_guidance(net, guidance: float, interval: tuple, reference, channels: int) -> None:
+def check_numbers(cfg: Config) -> None:
+    if cfg.n < 1 or cfg.batch < 1:
+        raise ValueError(f"--n {cfg.n} --batch {cfg.batch}: expected at least 1")
+    if cfg.out.endswith(".png") and cfg.n > 10_000:
+        raise ValueError(f"--out {cfg.out}: a grid of {cfg.n:,} is too large; use .npz or a folder")
+
+
+def whole_numbers(text: str) -> list[int]:
+    try:
+        return [int(k) for k in text.split(",")] if text else []
+    except ValueError:
+        raise ValueError(f"--classes {text}: expected whole numbers such as 1,5,7") from None
+
+
+def check_guidance(net, guidance: float, interval: tuple) -> None:
     if not 0 <= interval[0] <= interval[1] <= 1:
         raise ValueError(f"guidance interval {interval}: expected 0 <= low <= high <= 1, where 1 is noise")
-    if channels and len(getattr(net, "state", "CHW")) == 1:
-        raise ValueError(f"channels {channels}: a token is guided with this network's image; leave it at 0")
-    if getattr(net, "guidance_conditioned", False) and (guidance < 1 or reference is not None):
-        raise ValueError(f"guidance {guidance:g}: this network takes at least 1, and no reference")
-    if guidance != 1 and reference is None and not net.null_class:
-        raise ValueError(f"guidance {guidance:g}: without a null label, use guidance 1 or a reference")
+    if getattr(net, "guidance_conditioned", False) and guidance < 1:
+        raise ValueError(f"guidance {guidance:g}: this network takes at least 1")
+    if guidance != 1 and not net.null_class:
+        raise ValueError(f"guidance {guidance:g}: without a null label, use guidance 1")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,6 @@ import dataclasses
 import functools
 import json
 import math
-import os
 import shutil
 import signal
 import time
@@ -29,7 +28,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn as nn
-from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map
@@ -256,34 +254,7 @@ def positions_from(step: int, cfg: Config):
 def training_stream(step: int, cfg: Config, source: data.Dataset):
     """This process's batches from `step` on: (items, labels, positions)."""
     mirror = source.mirror if cfg.mirror == "auto" else cfg.mirror == "on"
-    workers = min(4, os.cpu_count()) if isinstance(source, data.Files) else 0
-    workers = cfg.workers if cfg.workers >= 0 else workers
-    return data.stream(source, positions_from(step, cfg), cfg.seed, mirror, workers)
-
-
-class StopSignal:
-    """SIGTERM or Ctrl-C asks to finish the step, save and leave; Ctrl-C 2 seconds later ends at once."""
-    asked = 0.0
-
-    def __enter__(self):
-        self.before = {s: signal.signal(s, self.note) for s in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def __exit__(self, *_):
-        for s, handler in self.before.items():
-            signal.signal(s, handler)
-
-    def note(self, number, _frame):
-        self.asked = self.asked or time.monotonic()
-        if number == signal.SIGINT and time.monotonic() > self.asked + 2:  # sooner: torchrun's copy
-            raise KeyboardInterrupt
-
-    def on_any_process(self) -> bool:
-        """Whether any process was asked: all leave together."""
-        asked = torch.tensor([float(self.asked > 0)])
-        if dist.is_initialized():
-            dist.all_reduce(asked)
-        return bool(asked)
+    return data.stream(source, positions_from(step, cfg), cfg.seed, mirror, cfg.workers)
 
 
 # ---- 3. Networks, fresh or from a checkpoint ----
@@ -355,7 +326,7 @@ def inherit(net: model.DiT, given: model.DiT, cfg: Config, at: float = 1.0, part
 
 
 def save_checkpoint(out: Path, step: int, seconds: float, cfg: Config, nets, opts, ema, processes) -> None:
-    """Write last.pt, all that a resumed run needs, as a temporary file that then takes its name."""
+    """Write last.pt, which has all that a resumed run needs."""
     networks = {role: {"config": net.config, "weights": net.state_dict(),
                        "optimizer": opts[role].state_dict()} for role, net in nets.items()}
     content = dict(step=step, seconds=seconds, config=dataclasses.asdict(cfg), ema=ema.state_dict(),
@@ -363,18 +334,11 @@ def save_checkpoint(out: Path, step: int, seconds: float, cfg: Config, nets, opt
     content = tree_map(processes.gather, content)
     if data.rank() > 0:
         return
-    path, unfinished = out / "last.pt", out / "last.pt.tmp"
-    try:
-        torch.save(content, unfinished)
-        os.replace(unfinished, path)
-    except (OSError, RuntimeError) as error:
-        unfinished.unlink(missing_ok=True)
-        reason = str(error).splitlines()[0]
-        raise OSError(f"{path} could not be written ({reason}): free disk space, then --resume; the "
-                      "checkpoint before it is untouched") from error
-    draw_loss(out / "log.jsonl", out / "loss.png")
+    model.write_checkpoint(content, out / "last.pt")
+    if curves := data.optional("curves"):
+        curves.draw_loss(out / "log.jsonl", out / "loss.png")
     if cfg.keep_every and step % cfg.keep_every == 0:
-        shutil.copyfile(path, out / f"step_{step:07d}.pt")
+        shutil.copyfile(out / "last.pt", out / f"step_{step:07d}.pt")
 
 
 def resume(cfg: Config, source: data.Dataset, nets, opts, ema, processes) -> tuple[int, float]:
@@ -464,33 +428,6 @@ def read_log(path: Path) -> list[dict]:
     return rows
 
 
-def draw_loss(log: Path, picture: Path) -> None:
-    """loss.png: each role's loss, on a logarithmic scale, over the steps."""
-    rows = [row for row in read_log(log) if row["loss"] > 0]
-    if not rows:
-        return
-    values, last = [math.log10(row["loss"]) for row in rows], rows[-1]["step"]
-    bottom, top = min(values), max(max(values), min(values) + 1e-3)
-    sheet = Image.new("RGB", (660, 360), "white")
-    pen = ImageDraw.Draw(sheet)
-    pen.font = ImageFont.load_default(size=12)
-
-    def at(step, value):
-        return 56 + 580 * step / last, 12 + 308 * (top - value) / (top - bottom)
-
-    for k in range(5):
-        step, value = round(last * k / 4), bottom + (top - bottom) * k / 4
-        pen.line([at(0, value), at(last, value)], fill="#dddddd")
-        pen.text((4, at(0, value)[1] - 7), f"{10 ** value:.3g}", fill="black")
-        pen.text((at(step, value)[0] - 12, 340), str(step), fill="black")
-    for role, colour in zip(dict.fromkeys(row["role"] for row in rows), ("#1f5fbf", "#c2410c")):
-        line = [at(row["step"], value) for row, value in zip(rows, values) if row["role"] == role]
-        pen.line(line, fill=colour, width=2)
-        pen.circle(line[-1], 2, fill=colour)
-        pen.text((line[-1][0] - 60, line[-1][1] - 20), f"loss {role}", fill=colour)
-    sheet.save(picture)
-
-
 def write_grid(ema: nn.Module, cfg: Config, path: Path, codec) -> None:
     """A guided sample grid of a fixed noise: a column for each of up to ten classes, or ten of one."""
     if not losses.find(cfg.loss).draws_images or ema.shape[0] != 3 and codec is None:
@@ -555,7 +492,7 @@ def finish(ema: nn.Module, cfg: Config, out: Path, seconds: float, codec) -> dic
                 f"{s['accuracy']:.3f}; {s['n']:,} samples against as many held-out images; {s['protocol']}")
     if data.rank() == 0:
         (out / "final.json").write_text(json.dumps(result, indent=2) + "\n")
-    say(f"wrote samples/, loss.png and final.json in {out}")
+    say(f"wrote samples/ and final.json in {out}")
     return result
 
 
@@ -593,7 +530,32 @@ def main(argv: list[str] | None = None, **defaults) -> None:
     data.stop_processes()
 
 
-# ---- 6. Guards: settings and runs that are refused ----
+# ---- 6. Guards: signals, and settings and runs that are refused ----
+
+
+class StopSignal:
+    """SIGTERM or Ctrl-C asks to finish the step, save and leave; Ctrl-C 2 seconds later ends at once."""
+    asked = 0.0
+
+    def __enter__(self):
+        self.before = {s: signal.signal(s, self.note) for s in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_):
+        for s, handler in self.before.items():
+            signal.signal(s, handler)
+
+    def note(self, number, _frame):
+        self.asked = self.asked or time.monotonic()
+        if number == signal.SIGINT and time.monotonic() > self.asked + 2:  # sooner: torchrun's copy
+            raise KeyboardInterrupt
+
+    def on_any_process(self) -> bool:
+        """Whether any process was asked: all leave together."""
+        asked = torch.tensor([float(self.asked > 0)])
+        if dist.is_initialized():
+            dist.all_reduce(asked)
+        return bool(asked)
 
 
 def check(cfg: Config) -> None:

@@ -44,7 +44,7 @@ def bias_and_floor(cov: Tensor, n: int | None, cov_ref: Tensor, n_ref: int | Non
     return dict(bias=bias, floor=floor)
 
 
-def beside(gen: fid.ImageSet, ref: fid.ImageSet, names: list[str], net) -> dict:
+def with_bias(gen: fid.ImageSet, ref: fid.ImageSet, names: list[str], net) -> dict:
     """fid, and sfid where it is asked for, with their bias and floor."""
     scores = {}
     for name, output in (("fid", "features"), ("sfid", "spatial")):
@@ -56,7 +56,7 @@ def beside(gen: fid.ImageSet, ref: fid.ImageSet, names: list[str], net) -> dict:
     return scores
 
 
-fid.METRICS["bias"] = fid.Metric(beside)
+fid.METRICS["bias"] = fid.Metric(with_bias)
 
 
 def main() -> None:

@@ -13,8 +13,6 @@ steps by `cafm`, 7.2 by forward, 3.6 by finite, with 113, 164 and 84 MB (2 CPU c
 
 `python -m extras.cafm_routes` trains all three on a 1-D mixture and compares them with its closed form.
 """
-import dataclasses
-
 import torch
 from torch import Tensor
 
@@ -22,6 +20,7 @@ import data
 import losses
 import model
 from data import option
+from extras.operators import operators
 from losses import drop_labels, interpolate, sample_times, velocity_target
 
 # ---- 1. Slopes of D along velocities ----
@@ -37,7 +36,7 @@ def forward_slopes(D, x_t: Tensor, t: Tensor, y: Tensor, directions: Tensor,
         raise RuntimeError("a loss on forward-mode derivatives is what torch.compile can get wrong without "
                            "an error: compile nothing around it, or use --loss cafm")
     D = model.bare(D)
-    if "aten::native_layer_norm" in model.refuse(D, x_t, t, y):  # pytorch issue 196700
+    if "aten::native_layer_norm" in operators(D, x_t, t, y):  # pytorch issue 196700
         raise ValueError("torch gets the gradient of a loss on a forward-mode derivative of nn.LayerNorm "
                          "wrong, without an error: create the network with norm='rms', or use --loss cafm")
 
@@ -121,17 +120,10 @@ losses.register("cafm_routes", cafm_routes_G, cafm_routes_D, turn=CAFM.turn, ala
                 points=CAFM.points)
 
 
-@dataclasses.dataclass
-class Config:
-    steps: int = option(0, "steps of each; 0: as many as it needs")
-    out: str = option("cafm_routes.png", "the picture to write")
-
-
 def main(argv: list[str] | None = None) -> None:
-    cfg = data.parse(Config, argv, "Train CAFM on a 1-D mixture by every route.")
-    changes = dict(steps=cfg.steps) if cfg.steps else {}
-    runs = {"cafm": changes, "cafm_routes": changes, "cafm_routes, finite": changes | dict(route="finite")}
-    data.extra("mixture", "the 1-D mixture").show(runs, cfg.out)
+    runs = {"cafm": {}, "cafm_routes": {}, "cafm_routes, finite": dict(route="finite")}
+    command = data.extra("mixture", "the 1-D mixture").command
+    command(argv, "Train CAFM on a 1-D mixture by every route.", "cafm_routes.png", lambda cfg: runs)
 
 
 if __name__ == "__main__":

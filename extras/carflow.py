@@ -30,6 +30,7 @@ import losses
 import model
 from data import option
 from extras import mixture
+from extras.gaussians import Mixture
 
 # ---- 1. The network ----
 
@@ -99,7 +100,7 @@ class ShiftedPoints(LabelledPoints):
         return shifted(super().forward, self.source_shift[y], self.target_shift[y], x_t, t, y, r)
 
 
-TWO_MODES = losses.Mixture(torch.tensor([[-1.5], [1.5]]), torch.tensor([0.2, 0.2]), torch.tensor([0.5, 0.5]))
+TWO_MODES = Mixture(torch.tensor([[-1.5], [1.5]]), torch.tensor([0.2, 0.2]), torch.tensor([0.5, 0.5]))
 
 
 def ways(kind: type, steps: int = 1000, seed: int = 0, n: int = 400) -> tuple[Tensor, Tensor]:

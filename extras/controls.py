@@ -18,10 +18,7 @@ W1 in 1, 2, 4 and 50 steps of sampling, seed 0 (of cafm in 50 and of afm in 1, s
 A generator that gives the jump starts next to the shortest map, and in one dimension stays there also without
 the cost.
 """
-import dataclasses
-
 import data
-from data import option
 from extras import mixture
 
 CONTROLS = {"meanflow": {}, "meanflow, p = 1": dict(p=1.0), "meanflow, no jumps": dict(jumps=0.0),
@@ -31,17 +28,9 @@ CONTROLS = {"meanflow": {}, "meanflow, p = 1": dict(p=1.0), "meanflow, no jumps"
             "afm, x, no transport cost": dict(predict="x", ot=0.0, ot_end=0.0)}
 
 
-@dataclasses.dataclass
-class Config:
-    steps: int = option(0, "steps of each; 0: as many as it needs")
-    seed: int = option(0, "seed of weights, data and noise")
-    out: str = option("controls.png", "the picture to write")
-
-
 def main(argv: list[str] | None = None) -> None:
-    cfg = data.parse(Config, argv, "Train methods on a 1-D mixture, with a piece taken away.")
-    more = dict(seed=cfg.seed) | (dict(steps=cfg.steps) if cfg.steps else {})
-    mixture.show({name: changes | more for name, changes in CONTROLS.items()}, cfg.out)
+    about = "Train methods on a 1-D mixture, with a piece taken away."
+    mixture.command(argv, about, "controls.png", lambda cfg: CONTROLS)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ same of uniform times.
 1-D mixture, seed 0, stages of 50 of 2,000 steps: rms of the velocity 0.094 (0.075 without), W1 in 50 steps
 0.025 (0.026). The gain that the paper reports, on images, was not measured here: not checked yet.
 """
-import dataclasses
 import math
 
 import torch
@@ -58,19 +57,14 @@ def stages_of(time: str) -> tuple[int, str]:
 TIMES["curriculum"] = curriculum
 
 
-@dataclasses.dataclass
-class Config:
-    steps: int = option(2000, "training steps of each")
-    stage: int = option(50, "steps of a stage of the curriculum")
-    seed: int = option(0, "seed of weights, data and noise")
-    out: str = option("curriculum.png", "the picture to write")
+def runs(cfg) -> dict:
+    return {"fm": {}, "fm, curriculum": dict(time=f"curriculum:{cfg.stage}:uniform")}
 
 
 def main(argv: list[str] | None = None) -> None:
-    cfg = data.parse(Config, argv, "Train fm on a 1-D mixture with and without a curriculum of times.")
-    changes = dict(steps=cfg.steps, seed=cfg.seed)
-    runs = {"fm": changes, "fm, curriculum": changes | dict(time=f"curriculum:{cfg.stage}:uniform")}
-    data.extra("mixture", "python -m extras.curriculum").show(runs, cfg.out)
+    command = data.extra("mixture", "python -m extras.curriculum").command
+    command(argv, "Train fm on a 1-D mixture with and without a curriculum of times.", "curriculum.png", runs,
+            stage=option(50, "steps of a stage of the curriculum"))
 
 
 if __name__ == "__main__":

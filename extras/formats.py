@@ -5,7 +5,8 @@
     test_batch.bin                  or a folder with data_batch_1.bin ..: the binary version of CIFAR-10
 
 `data.dataset` looks here when it does not know a path itself: importing this file adds the three readers to
-`data.READERS`. Each is a function (path, size) -> data set, or None for a path that is not its own.
+`data.READERS`. Each is a function (path, size) -> data set, or None for a path that is not its own. For
+`data.read_npz` it maps arrays from disk.
 
     python -m extras.formats PATH             a labelled picture grid of the set, and its counts
     python train.py --data PATH               train on it
@@ -13,6 +14,7 @@
 import gzip
 import io
 import json
+import math
 import os
 import sys
 import zipfile
@@ -137,8 +139,23 @@ data.READERS |= {"zip": read_zip, "idx": read_idx, "cifar": read_cifar}
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 4. Run alone: look at a set
+# 4. Arrays of an npz, and what this file shows alone
 # ------------------------------------------------------------------------------------------------------------
+
+
+def map_member(path: Path, key: str) -> np.ndarray:
+    """An array of an npz: mapped from disk, or read into memory where it is compressed."""
+    with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
+        member = archive.getinfo(f"{key}.npy")
+        if member.compress_type != zipfile.ZIP_STORED:
+            return np.lib.format.read_array(archive.open(member))
+        file.seek(member.header_offset + 26)  # the lengths of what ends the local header
+        file.seek(member.header_offset + 30 + sum(np.frombuffer(file.read(4), "<u2").tolist()))
+        version, read = np.lib.format.read_magic(file), np.lib.format.read_array_header_2_0
+        shape, fortran, dtype = (np.lib.format.read_array_header_1_0 if version == (1, 0) else read)(file)
+        if dtype.hasobject or file.tell() + math.prod(shape) * dtype.itemsize > os.path.getsize(path):
+            raise ValueError("cut short, or not numbers")
+        return np.memmap(path, dtype, "r", file.tell(), shape, "F" if fortran else "C")
 
 
 def main(argv: list[str] | None = None) -> None:

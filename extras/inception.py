@@ -24,6 +24,7 @@ from torch import Tensor
 
 import data
 import fid
+from extras.files import digest, require_file
 from extras.inception_blocks import Conv, Mixed, inception_blocks
 
 # ---- 1. How images of any size become 299 pixels wide: uint8 (N, C, h, w) -> float32 (N, C, size, size) ----
@@ -80,7 +81,7 @@ class InceptionV3(nn.Module):
         if resize not in RESIZES:
             raise ValueError(f"--resize {resize}: choose from {', '.join(RESIZES)}")
         self.flavour, state = read_weights(weights, flavour) if weights else (flavour or "torchvision", None)
-        self.label = f"inception {self.flavour} {data.digest(weights)[:8] if weights else 'random'}"
+        self.label = f"inception {self.flavour} {digest(weights)[:8] if weights else 'random'}"
         self.suffix = "" if self.flavour == "fid" else f"_{self.flavour}"  # of the names of scores
         self.resizer, self.symmetric = RESIZES[resize], self.flavour == "torchvision" or resize == "pytorch"
         self.resize = f"{resize} to 299, {'x/127.5-1' if self.symmetric else '(x-128)/128'}"
@@ -169,12 +170,11 @@ def place(flavour: str) -> Path:
 
 
 def load_inception(weights: str = "torchvision", resize: str = "tf1") -> InceptionV3:
-    """InceptionV3 with the weights "torchvision" or "fid" from `fid.cache_folder()`, checked, or from a
-    file."""
+    """InceptionV3 with the weights "torchvision" or "fid" of `fid.cache_folder()`, checked, or of a file."""
     path, flavour = weights, ""
     if weights in WEIGHTS:
         path, flavour = place(weights), weights
-        data.require_file(path, f"InceptionV3 weights ({weights})", *WEIGHTS[weights][1:])
+        require_file(path, f"InceptionV3 weights ({weights})", *WEIGHTS[weights][1:])
     with torch.random.fork_rng(devices=[]):  # a network is drawn at random before its weights are read
         return InceptionV3(path, flavour, resize)
 

@@ -81,6 +81,20 @@ def rotate(x: Tensor, rope: Tensor) -> Tensor:
     return torch.cat([x[:, :, :extra], image * cos + turned * sin], 2)
 
 
+class WeightedNorm(RMSNorm):
+    """RMSNorm, and a weight for each feature."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * self.weight
+
+
+model.NORMS["rms_weight"] = WeightedNorm
+
+
 class JiTAttention(model.Attention):
     """Attention with normalised queries and keys and rotary positions."""
 
@@ -89,7 +103,7 @@ class JiTAttention(model.Attention):
         if width // heads % 4:
             raise ValueError(f"width {width} with {heads} heads: JiT turns pairs of features for rows and "
                              f"columns, so the {width // heads} features of a head must be a multiple of 4")
-        self.q_norm, self.k_norm = RMSNorm(width // heads), RMSNorm(width // heads)
+        self.q_norm, self.k_norm = WeightedNorm(width // heads), WeightedNorm(width // heads)
         self.register_buffer("rope", rope_table(width // heads, side), persistent=False)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

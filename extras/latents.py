@@ -25,6 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import data
+from extras.files import digest
 from extras.vae import VAE, posterior
 
 # ------------------------------------------------------------------------------------------------------------
@@ -257,7 +258,7 @@ def encode(cfg: Config) -> None:
 def write_manifest(out: Path, ds: data.Dataset, cfg: Config, makers: dict) -> None:
     """manifest.json and labels.npy; ValueError where the folder was begun otherwise."""
     about = dict(source=cfg.source, count=len(ds), classes=list(ds.classes), size=cfg.size, shard=cfg.shard,
-                 shape=list(cfg.shape), scale=VAE.scale, codec=data.digest(cfg.vae),
+                 shape=list(cfg.shape), scale=VAE.scale, codec=digest(cfg.vae),
                  encoder=cfg.encoder, features=list(makers["features"][1]) if cfg.encoder else None)
     out.mkdir(parents=True, exist_ok=True)
     if (out / "manifest.json").exists() and (was := read_manifest(out)) != about:

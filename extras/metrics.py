@@ -184,8 +184,7 @@ METRICS["sfid"] = Metric(spatial, (SPATIAL,), numbered=True)
 METRICS["is"] = Metric(from_logits, (LOGITS,), reference=False, glyphs=False)
 METRICS |= dict.fromkeys(NEIGHBOURS, Metric(neighbours, (FEATURES,)))
 METRICS["kid"] = Metric(kernel, (FEATURES,), glyphs=False)
-if data.extra_file("bias").is_file():
-    data.extra("bias", "--metrics bias")
+data.optional("bias")
 
 
 def main(argv: list[str] | None = None) -> None:

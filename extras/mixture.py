@@ -3,11 +3,10 @@
     python losses.py                       the core's objectives: a table of errors, and losses.png
     python losses.py --losses fm,imf       any that points are enough for
 
-extras/mixture_table.py draws the table and the picture.
+extras/gaussians.py is the mixture; extras/mixture_table.py draws the table and the picture.
 """
 import copy
 import dataclasses
-import functools
 import types
 import typing
 
@@ -20,6 +19,7 @@ import data
 import losses
 import model
 from data import option
+from extras.gaussians import FOUR_MODES, Mixture, exact_samples, exact_velocity
 
 
 class PointNet(nn.Module):
@@ -69,7 +69,7 @@ def point_settings(name: str, **changes) -> types.SimpleNamespace:
     return types.SimpleNamespace(**flags | POINTS | losses.find(name).points | changes)
 
 
-def train_points(name: str, mixture: losses.Mixture, cfg=None) -> PointNet:
+def train_points(name: str, mixture: Mixture, cfg=None) -> PointNet:
     """A PointNet trained on draws of the mixture, with averaged weights, against a discriminator if any."""
     objective, cfg, dimension = losses.find(name), cfg or point_settings(name), mixture.means.shape[1]
     with torch.random.fork_rng(devices=[]):
@@ -128,7 +128,7 @@ def trajectory(velocity: typing.Callable, e: Tensor, steps: int, solver: str = "
 
 
 @torch.no_grad()
-def point_errors(net, mixture: losses.Mixture, steps: int = 50, solver: str = "euler", n: int = 4000) -> dict:
+def point_errors(net, mixture: Mixture, steps: int = 50, solver: str = "euler", n: int = 4000) -> dict:
     """Errors against the closed form of 1-D data: n samples by `steps` steps of a solver of `trajectory`.
 
     velocity: rms over (x_t, t). map: rms to the exact flow map of the same noises. W1: to the exact
@@ -150,25 +150,13 @@ def point_errors(net, mixture: losses.Mixture, steps: int = 50, solver: str = "e
             "in mode": (away / mixture.stds).amin(1).le(3).float().mean().item()}
 
 
-@functools.lru_cache(maxsize=1)
-def exact_samples(mixture: losses.Mixture, n: int) -> Tensor:
-    """Where the exact flow map brings the n quantiles of the noise."""
-    e = torch.special.ndtri((torch.arange(n) + 0.5) / n)[:, None].double()
-    return mixture.flow(e, torch.ones(n, dtype=torch.float64), torch.zeros(n, dtype=torch.float64))
-
-
-def exact_velocity(x_t: Tensor, t: Tensor, y=None, r=None) -> Tensor:
-    """That of losses.FOUR_MODES, called as a network is."""
-    return losses.FOUR_MODES.velocity(x_t, t)
-
-
 def show(runs: dict, out: str) -> None:
     """Train runs, "OBJECTIVE" or "OBJECTIVE, words" -> changes of its settings: table and picture."""
     trained = {"exact flow": (exact_velocity, {})}
     for name, changes in runs.items():
         objective = name.split(",")[0]
         cfg = point_settings(objective, **changes)
-        trained[name] = train_points(objective, losses.FOUR_MODES, cfg), losses.find(objective).sampling(cfg)
+        trained[name] = train_points(objective, FOUR_MODES, cfg), losses.find(objective).sampling(cfg)
     print("\n1-D mixture of four modes against its closed form")
     table = data.extra("mixture_table", "the table of the 1-D mixture")
     table.print_table(trained)
@@ -178,19 +166,31 @@ def show(runs: dict, out: str) -> None:
 
 @dataclasses.dataclass
 class Options:
-    losses: str = option("", "objectives to train, such as fm,afm; empty: those of this file")
     steps: int = option(0, "steps of each; 0: as many as it needs")
     seed: int = option(0, "seed of weights, data and noise")
-    out: str = option("losses.png", "the picture to write")
+    out: str = option("", "the picture to write")
+
+
+def command(argv: list[str] | None, about: str, out: str, runs: typing.Callable, **flags) -> None:
+    """A command that shows runs(settings), see `show`; its settings are `Options` and `flags`."""
+    fields = [(name, type(flag.default), flag) for name, flag in flags.items()]
+    kind = dataclasses.make_dataclass("Options", fields, bases=(Options,))
+    cfg = data.parse(kind, argv, about, out=out)
+    shared = dict(seed=cfg.seed) | (dict(steps=cfg.steps) if cfg.steps else {})
+    show({name: changes | shared for name, changes in runs(cfg).items()}, cfg.out)
+
+
+def named(cfg) -> dict:
+    """The runs that --losses names."""
+    names = cfg.losses.split(",") if cfg.losses else ["fm", "meanflow", "ect", "afm", "cafm"]
+    if without := [name for name in names if not losses.find(name).points]:
+        raise ValueError(f"--losses {without[0]}: needs images, points are not enough")
+    return {name: {} for name in names}
 
 
 def main(argv: list[str] | None = None) -> None:
-    options = data.parse(Options, argv, "Train objectives on a 1-D mixture and compare with its closed form.")
-    names = options.losses.split(",") if options.losses else ["fm", "meanflow", "ect", "afm", "cafm"]
-    if without := [name for name in names if not losses.find(name).points]:
-        raise ValueError(f"--losses {without[0]}: needs images, points are not enough")
-    changes = dict(seed=options.seed) | (dict(steps=options.steps) if options.steps else {})
-    show({name: changes for name in names}, options.out)
+    command(argv, "Train objectives on a 1-D mixture and compare with its closed form.", "losses.png", named,
+            losses=option("", "objectives to train, such as fm,afm; empty: those of losses.py"))
 
 
 if __name__ == "__main__":

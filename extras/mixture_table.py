@@ -10,8 +10,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 import data
-import losses
 from extras import mixture
+from extras.gaussians import FOUR_MODES, exact_velocity
 
 COUNTS = 1, 2, 4, 50  # numbers of network evaluations that are compared
 
@@ -23,7 +23,7 @@ def print_table(runs: dict) -> None:
           + f"{'weight':>8}{'in mode':>8}")
     for name, (net, sampling) in runs.items():
         solver, only = sampling.get("solver", "euler"), sampling.get("steps")
-        found = {n: mixture.point_errors(net, losses.FOUR_MODES, n, solver) for n in COUNTS
+        found = {n: mixture.point_errors(net, FOUR_MODES, n, solver) for n in COUNTS
                  if n == (only or n)}
         exact = {n: e["map"] for n, e in found.items() if n == 1 or solver == "euler"}  # else of other noise
         last = found[min(found)] if sampling else found[50]
@@ -38,7 +38,7 @@ def draw_trajectories(runs: dict, path: str, columns: int = 6) -> None:
     """A panel for each run: trajectories of 60 noises (white) over the density of x_t (blue)."""
     w, h, reach, top = 420, 300, 3.0, 22
     x = torch.linspace(reach, -reach, h)[:, None]
-    log_p = [losses.FOUR_MODES.components(x, t.expand(h))[0].logsumexp(1) for t in torch.linspace(1, 0, w)]
+    log_p = [FOUR_MODES.components(x, t.expand(h))[0].logsumexp(1) for t in torch.linspace(1, 0, w)]
     density = torch.stack(log_p, 1).exp()                                                     # (h, w)
     shade = (density / density.amax(0)).sqrt()[..., None]
     panel = ((1 - shade) * torch.tensor([14, 17, 40]) + shade * torch.tensor([64, 132, 214])).to(torch.uint8)
@@ -60,7 +60,7 @@ def draw_trajectories(runs: dict, path: str, columns: int = 6) -> None:
 
 
 def main() -> None:
-    print_table({"exact flow": (mixture.exact_velocity, {})})
+    print_table({"exact flow": (exact_velocity, {})})
 
 
 if __name__ == "__main__":

@@ -12,7 +12,8 @@ a run. All sizes are read from the tensors; each network becomes a velocity in o
 A file does not tell whether it is DiT's, SiT's or AFM's (guessed from its name) nor how many heads it has
 (guessed from its width). Where that fails, make a checkpoint of ours of it:
 
-    python sample.py DiT-XL-2-256x256.pt --codec latents:sd-vae-ft-mse.safetensors --guide_channels 3
+    python sample.py DiT-XL-2-256x256.pt --codec latents:sd-vae-ft-mse.safetensors
+    python -m extras.guidance DiT-XL-2-256x256.pt --guide_channels 3 ..     guided as in the papers' figures
     python -m extras.official FILE                                        what it is
     python -m extras.official FILE --kind sit --heads 8 --out sit.pt
 

@@ -18,7 +18,6 @@ What there is to gain, on glyphs with 16 candidates, lies above t = 0.8: there t
 variance within a class (0.003 of 0.114), at 0.9 by 39 %, at 0.99 by 87 %; below, nothing but the image itself
 fits, and pafm is fm. With more dimensions that point moves towards noise, unless candidates are near copies.
 """
-import dataclasses
 import functools
 import types
 
@@ -102,7 +101,7 @@ def other_draws(draws: data.Draws, k: int):
     return types.SimpleNamespace(normal=lambda purpose, shape: draws.normal(f"bank {purpose} {k}", shape))
 
 
-def other_points(mixture: losses.Mixture, y: Tensor, draws, n: int) -> Tensor:
+def other_points(mixture, y: Tensor, draws, n: int) -> Tensor:
     """The same for points without classes: n other points (B, n, D) for each of a batch."""
     x, _ = mixture.sample(len(y) * n, data.generator("others", draws.positions[0]))
     return x.view(len(y), n, -1)
@@ -110,7 +109,7 @@ def other_points(mixture: losses.Mixture, y: Tensor, draws, n: int) -> Tensor:
 
 def candidates(role: str, cfg, source, net) -> tuple:
     """The further input of `pafm`: a function (y, draws, n) -> n others for each sample."""
-    if isinstance(source, losses.Mixture):
+    if not isinstance(source, data.Dataset):
         return (functools.partial(other_points, source),)
     mirror = source.mirror if cfg.mirror == "auto" else cfg.mirror == "on"
     return (Bank(source, cfg.bank, cfg.seed, mirror, net.pos_embed.device),)
@@ -123,18 +122,10 @@ losses.register("pafm", pafm, flags=FLAGS, check=lambda cfg: losses.at_least(cfg
                 inputs=candidates, points=dict(steps=2000))
 
 
-@dataclasses.dataclass
-class Config:
-    steps: int = option(2000, "training steps of each")
-    seed: int = option(0, "seed of weights, data and noise")
-    out: str = option("pafm.png", "the picture to write")
-
-
 def main(argv: list[str] | None = None) -> None:
-    cfg = data.parse(Config, argv, "Train fm and pafm on a 1-D mixture and compare with its closed form.")
-    changes = dict(steps=cfg.steps, seed=cfg.seed)
-    runs = {"fm": changes, "pafm, 4 candidates": changes | dict(candidates=4), "pafm": changes}
-    data.extra("mixture", "python -m extras.pafm").show(runs, cfg.out)
+    runs = {"fm": {}, "pafm, 4 candidates": dict(candidates=4), "pafm": {}}
+    about = "Train fm and pafm on a 1-D mixture and compare with its closed form."
+    data.extra("mixture", "python -m extras.pafm").command(argv, about, "pafm.png", lambda cfg: runs)
 
 
 if __name__ == "__main__":

@@ -14,12 +14,9 @@ the settings that hold from there, bit for bit as if nothing had been stopped; i
 changed. Flags other than these are given as for train.py.
 """
 import dataclasses
-import os
 import shutil
 import sys
 from pathlib import Path
-
-import torch
 
 import data
 import losses
@@ -116,20 +113,13 @@ def change_checkpoint(entries: dict, step: int, cfg: train.Config) -> None:
         content = model.read_checkpoint(last)
         if reload:
             content["networks"]["G"]["weights"] = content["ema"]
-            write(content, last)
+            model.write_checkpoint(content, last)
             if cfg.keep_every and step % cfg.keep_every == 0:
                 shutil.copyfile(last, kept_file(cfg, step))
         if back:
             content["networks"]["D"]["weights"] = model.discriminator_weights(kept_file(cfg, back))
-            write(content, last)
+            model.write_checkpoint(content, last)
     data.barrier()
-
-
-def write(content: dict, path: Path) -> None:
-    """Save to a temporary file that then takes the name."""
-    unfinished = path.with_name(path.name + ".tmp")
-    torch.save(content, unfinished)
-    os.replace(unfinished, path)
 
 
 def kept_file(cfg: train.Config, step: int) -> Path:

@@ -3,8 +3,9 @@
     python -m extras.search runs/large --stitch runs/small --stitch_share 0.4    T-Stitch: the small one first
     python -m extras.search runs/afm --best_of 8 --verifier runs/judge           the noise a classifier likes
 
-The command takes all flags of sample.py. `search_nearby`, `search_times` and `classify` are functions to
-call. Neighbour in the core: sample.py, which takes one network, one noise and even times.
+The command takes all flags of sample.py and extras/guidance.py. `search_nearby`, `search_times` and
+`classify` are functions to call. Neighbour in the core: sample.py, which takes one network, one noise and
+even times.
 """
 import dataclasses
 import functools
@@ -20,6 +21,7 @@ import data
 import losses
 import sample
 from data import option
+from extras import guidance
 from extras.classifier import load_classifier
 
 # ----------------------------------------------------------------------------------------------------------
@@ -139,7 +141,7 @@ def classify(net, x: Tensor, draws: data.Draws, classes: int, pairs: int = 64) -
 
 
 @dataclasses.dataclass
-class Config(sample.Config):
+class Config(guidance.Config):
     stitch: str = option("", "a smaller network that takes the first part of the way, from the noise")
     stitch_share: float = option(0.4, "how much of the way it takes")
     best_of: int = option(1, "noises tried for each sample; the result that --verifier likes best stays")
@@ -174,10 +176,11 @@ def main(argv: list[str] | None = None) -> None:
     if cfg.stitch:
         net = Stitched(net, sample.load(cfg.stitch, cfg, device), cfg.stitch_share)
         more = f", those at t > {1 - cfg.stitch_share:g} of {cfg.stitch}"
+    net, words = guidance.guide(net, cfg, device)
     if verifier:
         noise = functools.partial(best_noise, cfg, net, verifier)
         more += f", best of {cfg.best_of} noises by {cfg.verifier}"
-    sample.write(cfg, net, device, more, noise)
+    sample.write(cfg, net, device, words + more, noise)
     data.stop_processes()
 
 

@@ -24,8 +24,9 @@ import test_all as core  # in the end: import test_all as core, and from test_al
 from extras import (afm_more, augment, cat, cat_networks, cat_stages, classifier, compare, presets, repa,
                     schedule, search, shard)
 from extras.test_formats import SMALL_ENCODER
-from extras.test_core import Weighted, constant_G, linear_D, standard_errors
-from test_all import (HERE, SMALL_SET, TINY, TWO_MODES, ExactNet, assert_same_state, checkpoint, in_float64,
+from extras.gaussians import Mixture
+from extras.test_core import TWO_MODES, ExactNet, Weighted, constant_G, linear_D, standard_errors
+from test_all import (HERE, SMALL_SET, TINY, assert_same_state, checkpoint, in_float64,
                       raises, run, same, tiny, tiny_run)
 from test_all import TWO, assert_close_runs, logged, quick_draws, start
 
@@ -632,7 +633,7 @@ def test_search_classify():
     """The diffusion classifier with exact velocities of two overlapping Gaussians: mostly the exact answer,
     more so with more pairs, which are the same for every class."""
     half = torch.tensor([.5, .5]).double()
-    mixture = losses.Mixture(torch.tensor([[-.5], [.5]]).double(), half, half)
+    mixture = Mixture(torch.tensor([[-.5], [.5]]).double(), half, half)
     net = lambda x_t, t, y, r=None: mixture.velocity(x_t, t, y)  # noqa: E731
     x, _ = mixture.sample(1500, data.generator("classify"))
     draws, right = data.Draws(0, range(1500)), (x[:, 0] > 0).long()

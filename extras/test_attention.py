@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn as nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -20,7 +21,7 @@ import model
 import train
 from extras import (attention, attention_table, benchmark, benchmark_roles, benchmark_routes, cafm_routes,
                     mixture)
-from extras.test_core import CustomOperator, Derivatives, check_parameter_gradient, naive_attention
+from extras.test_core import Derivatives, check_parameter_gradient, naive_attention
 from extras.test_core import constant_G, linear_D
 from test_all import (HERE, SMALL_SET, TINY, cafm_loss, double_backward, golden_pair, on_points,
                       parameters_of, quick_draws, raises, run, same, tiny, tiny_run, torchrun)
@@ -394,6 +395,24 @@ def test_fresh_discriminator_has_no_slope_and_a_gradient():
     assert out.shape == (4,) and J.shape == (2, 4) and J.abs().max() == 0
     cafm_loss(out, J).backward()
     assert D.trunk.blocks[0].adaLN_modulation[1].weight.grad.norm() > 1e-3
+
+
+class CustomOperator(nn.Module):
+    def forward(self, x_t, t, y, r=None):
+        return torch.ops.triflow_test.cosine(x_t)
+
+
+@torch.library.custom_op("triflow_test::cosine", mutates_args=())
+def cosine(x: torch.Tensor) -> torch.Tensor:
+    return x.cos()
+
+
+def test_custom_operators_are_refused():
+    """A custom operator under jvp, which torch takes for a constant: an error that names it and the way
+    out."""
+    x, t, y = torch.randn(2, 3, 8, 8), torch.rand(2), torch.arange(2)
+    assert torch.func.jvp(cosine, (x,), (x,))[1].abs().max() == 0, "torch knows it now; the refusal can go"
+    raises(lambda: model.time_derivative(CustomOperator(), x, t, y, x), "triflow_test::cosine", "jvp")
 
 
 def test_what_torch_gets_wrong_is_refused():

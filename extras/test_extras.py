@@ -1,17 +1,22 @@
-"""The folder itself: every extra stands alone, and breaks only what names it. And the SDE solver."""
+"""The folder itself: every extra stands alone, and breaks only what names it. And tests of small extras."""
 import ast
+import dataclasses
 import json
 import re
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 
 import data
-import losses
 import sample
-from extras import sde
-from test_all import HERE, ExactNet, quantile_noise, quick_draws, run, tiny
+import train
+from extras import curves, files, gaussians, guidance, operators, sde
+from extras.gaussians import Mixture
+from extras.test_core import TWO_MODES, ExactNet
+from test_all import (HERE, network, quantile_noise, quick_draws, raises, run, save_tiny, tiny,
+                      tiny_run)
 
 FILES = Path(sde.__file__).parent.glob("*.py")
 NAMES = sorted(path.stem for path in FILES if not path.stem.startswith("test"))
@@ -90,7 +95,8 @@ def needs(asked: bool) -> dict:
         nodes = [n for n in ast.parse(source(name)).body if isinstance(n, ast.ImportFrom)]
         found[name] = {alias.name for node in nodes if node.module == "extras" for alias in node.names}
         found[name] |= {node.module[7:] for node in nodes if node.module.startswith("extras.")}
-        found[name] |= {other for other in NAMES if asked and f'extra("{other}"' in source(name)}
+        found[name] |= {other for other in NAMES if asked
+                        and re.search(f'(extra|optional)\\("{other}"', source(name))}
     for _ in NAMES:
         found = {name: own.union(*(found[other] for other in own)) for name, own in found.items()}
     return found
@@ -121,7 +127,7 @@ def test_sde_keeps_the_marginals():
     """For N(0, s^2) data the Euler-Maruyama variance obeys its recursion, and so samples end with std near s;
     the one with w for 2 w (a mix of the paper's and the code's symbols) would not."""
     s, steps, n = 0.5, 100, 40_000
-    gaussian = losses.Mixture(torch.zeros(1, 1).double(), torch.tensor([s]).double(), torch.ones(1).double())
+    gaussian = Mixture(torch.zeros(1, 1).double(), torch.tensor([s]).double(), torch.ones(1).double())
     e = quantile_noise(n)[torch.randperm(n, generator=data.generator("sde"))]
     x = sample.sample(ExactNet(gaussian), e, torch.zeros(n).long(), steps, "sde", draws=quick_draws(0, n))
     variance, times = 1.0, [*np.linspace(1, .04, steps), 0]
@@ -146,3 +152,83 @@ def test_sde_noise_depends_on_seed_and_sample_only():
 
     assert (images(0, 12) - images(0, 5)).abs().max() <= 1
     assert (images(0, 12) - images(1, 12)).abs().max() > 20
+
+
+def test_files_required_files_are_explained_and_checked(tmp_path):
+    """A missing file gives URL, path, size and digest; a wrong one is refused; nothing is downloaded."""
+    path = tmp_path / "weights.bin"
+    digest = "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08"  # of b"test"
+    call = lambda: files.require_file(path, "weights", "https://example.org/w", 4, digest)
+    raises(call, str(path), "https://example.org/w", "4 bytes", digest)
+    for content, word in ((b"tes", "incomplete"), (b"tesu", "sha256")):
+        path.write_bytes(content)
+        raises(call, word, "https://example.org/w")
+    path.write_bytes(b"test")
+    assert call() == files.require_file(path, "weights", "url", 4, digest[:8]) == path
+
+
+@torch.no_grad()
+def test_guidance_by_a_network_and_of_channels(tmp_path, capsys):
+    """Autoguidance by the network itself is the identity; by a 1.6 times wider mixture it narrows the class
+    N(1.5, 0.5^2) without moving its mean. With 3 channels the fourth keeps the velocity under the label, the
+    others are sample.py's. What cannot be is refused; the command says how it guided."""
+    exact, wide = (ExactNet(dataclasses.replace(TWO_MODES, stds=k * TWO_MODES.stds)) for k in (1, 1.6))
+    e, y, t = quantile_noise(4000), torch.ones(4000).long(), torch.full((4000,), .5).double()
+    same = sample.guided(guidance.Guided(exact, exact), 3)(e, .5, y)
+    assert torch.allclose(same, exact(e, t, y), atol=1e-12)
+    x = sample.sample(guidance.Guided(exact, wide), e, y, 80, "ab2", 2.0)
+    assert abs(x.mean() - 1.5) < .01 and x.std() < .35
+    net, x, y = tiny(channels=4), torch.randn(2, 4, 8, 8), torch.tensor([1, 2])
+    first = guidance.Guided(net, channels=3)
+    plain, every, three = (sample.guided(*how)(x, .5, y) for how in ((net, 1), (net, 2), (first, 2)))
+    assert torch.equal(three[:, :3], every[:, :3]) and (three[:, 3:] - plain[:, 3:]).abs().max() < 1e-5
+    assert (every[:, 3:] - plain[:, 3:]).abs().max() > 1e-2
+    assert torch.equal(sample.guided(first, 1)(x, .5, y), plain)
+
+    token, scaled = network(lambda *_: x, state=(5,)), network(lambda *_: x, guidance_conditioned=True)
+    raises(lambda: guidance.Guided(token, channels=3), "channels 3", "leave it at 0")
+    raises(lambda: guidance.Guided(scaled, net), "no reference")
+    raises(lambda: guidance.Guided(tiny(null_class=False), channels=3), "null label", "a reference")
+    raises(lambda: sample.guided(first, 0.5), "at least 1")
+    path = str(save_tiny(tmp_path / "net.pt"))
+    command = [path, *f"--n 2 --steps 2 --device cpu --out {tmp_path}/x.png --reference {path}".split()]
+    raises(lambda: guidance.main([*command, "--guidance", "1"]), "--reference", "guidance 1 is none")
+    guidance.main([*command, "--guidance", "2", "--guide_channels", "1"])
+    told = capsys.readouterr().out
+    words = f"(autoguidance by {path}, of the first 1 channels; evaluations doubled)"
+    assert f"conditioned on guidance 2 on t in [0.2, 0.8] {words}" in told
+
+
+def test_curves_of_a_run(tmp_path, capsys, monkeypatch):
+    """A run leaves loss.png, also one of 30 steps; the file alone draws it again."""
+    train.train(tiny_run(tmp_path, steps=30, log_every=100))
+    curve = np.asarray(Image.open(tmp_path / "loss.png"))
+    assert (curve == (31, 95, 191)).all(-1).sum() > 500
+    (tmp_path / "loss.png").unlink()
+    monkeypatch.setattr("sys.argv", ["", str(tmp_path)])
+    curves.main()
+    assert "loss.png" in capsys.readouterr().out and np.array_equal(Image.open(tmp_path / "loss.png"), curve)
+
+
+def test_curves_name_their_values(tmp_path, monkeypatch):
+    """The scale of loss.png is logarithmic: its lines are named by the loss and by the step."""
+    rows = [dict(step=step, role="G", loss=loss) for step, loss in ((2, 10.0), (4, 0.1))]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    texts, write = [], curves.ImageDraw.ImageDraw.text
+    noted = lambda pen, at, text, **more: texts.append((text, at)) or write(pen, at, text, **more)
+    monkeypatch.setattr(curves.ImageDraw.ImageDraw, "text", noted)
+    curves.draw_loss(tmp_path / "log.jsonl", tmp_path / "loss.png")
+    scale, steps = texts[0:10:2], texts[1:10:2]
+    assert [text for text, _ in scale] == ["0.1", "0.316", "1", "3.16", "10"]
+    assert np.allclose(np.diff([y for _, (_, y) in scale]), -77)
+    assert [text for text, _ in steps] == ["0", "1", "2", "3", "4"]
+
+
+def test_small_commands(tmp_path, capsys, monkeypatch):
+    """files, operators and gaussians, run alone, show the digest of a file, a network's operators, and ways
+    from noise to data."""
+    path = save_tiny(tmp_path / "net.pt")
+    monkeypatch.setattr("sys.argv", ["", str(path)])
+    for extra, word in ((files, files.digest(path)), (operators, "aten::"), (gaussians, "  1.00   -2.00")):
+        extra.main()
+        assert word in capsys.readouterr().out

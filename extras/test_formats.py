@@ -7,6 +7,7 @@ import math
 import os
 import pickle
 import struct
+import tracemalloc
 import zipfile
 
 import numpy as np
@@ -19,7 +20,7 @@ import fid
 import model
 import sample
 import train
-from extras import encoders, formats, latents, vae
+from extras import encoders, formats, guidance, latents, vae
 from test_all import SMALL_SET, check_golden, error_of, golden_weights, raises, run, same, tiny_run, wave
 
 SMALL_ENCODER = f"{SMALL_SET.with_name('encoder.py')}:patches"  # (17, 12): of the colours of patches
@@ -148,6 +149,16 @@ def test_formats_errors_name_the_file_and_the_fix(tmp_path):
             ("e-images-idx3-ubyte.gz", "not readable"),
             ("python", "pickled", "binary version"), ("text.txt", "text.txt", "zip, idx, cifar, latents")]:
         raises(lambda: data.dataset(str(tmp_path / name)), *words)
+
+
+def test_formats_npz_is_mapped_from_disk(tmp_path):
+    """A stored array of an npz is not read into memory."""
+    np.savez(tmp_path / "x.npz", arr_0=np.zeros((5000, 32, 32, 3), np.uint8))
+    tracemalloc.start()
+    ds = data.dataset(str(tmp_path / "x.npz"))
+    assert ds.num_classes == 1 and ds.item(4999)[0].shape == ds.shape == (3, 32, 32)
+    assert tracemalloc.get_traced_memory()[1] < 2e6
+    tracemalloc.stop()
 
 
 def test_formats_run_alone(tmp_path, capsys):
@@ -471,7 +482,7 @@ def test_latents_train(tmp_path, encoded, capsys, monkeypatch):
     net, labels = model.load(tmp_path / "fm/last.pt"), sample.labels_for(3, 10)
     assert net.shape == (4, 4, 4)
     flags = f"--n 3 --steps 2 --out {tmp_path / 's.npz'} --guide_channels 3".split()
-    sample.main([str(tmp_path / "fm"), "--codec", codec, *flags])
+    guidance.main([str(tmp_path / "fm"), "--codec", codec, *flags])
     assert "of the first 3 channels" in capsys.readouterr().out
     with np.load(tmp_path / "s.npz") as file:
         assert file["arr_0"].shape == (3, 32, 32, 3)

@@ -9,6 +9,7 @@ import data
 import fid
 import train
 from extras import benchmark_fid, bias, inception, inception_blocks, metrics, mmhm, monitor, spread, stored
+from extras.files import digest
 from test_all import (CACHE, REAL, TOY, Toy, assert_same_scores, check_two_processes, error_of,
                       golden_weights, raises, rand, run, same, tiny_run, toy, values, wave, write_folder,
                       write_npz)
@@ -104,7 +105,7 @@ def test_metrics_bias_is_what_few_images_add(capsys):
     def measured(gen, n, ref, n_ref):
         gen = fid.ImageSet("generated", n, parts={fid.FRECHET: gen})
         ref = fid.ImageSet("reference", n_ref, parts={fid.FRECHET: ref})
-        return bias.beside(gen, ref, ["bias"], TOY)["fid"]
+        return bias.with_bias(gen, ref, ["bias"], TOY)["fid"]
 
     def excess(key, runs, truth):
         gaps = np.array([run["value"] - run[key] - truth for run in runs])
@@ -662,7 +663,7 @@ def test_inception_end_to_end(tmp_path, capsys):
     printed = capsys.readouterr()
     got, net = json.loads(printed.out), fid.InceptionV3(weights)
     assert "not comparable with published FIDs" in printed.err
-    assert got["features"] == f"inception torchvision {data.digest(weights)[:8]}" and got["size"] == [32, 32]
+    assert got["features"] == f"inception torchvision {digest(weights)[:8]}" and got["size"] == [32, 32]
     assert got["resize"] == net.resize and got["n"] == 6
     images = data.glyphs(6)[0]
     plain, fast = net.extract(images), net.fast()

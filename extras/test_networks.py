@@ -16,7 +16,7 @@ import losses
 import model
 import sample
 import train
-from extras import jit, lit, moe, official, official_times, reg, repa
+from extras import guidance, jit, lit, moe, official, official_times, reg, repa
 from extras import test_formats
 from extras.test_formats import SMALL_ENCODER
 from test_all import (TINY, assert_same_state, check_golden, checkpoint, error_of, golden_weights, raises,
@@ -529,7 +529,7 @@ def test_reg_moves_image_and_token():
     assert fake.equal(data.to_uint8(x[:, :192].view(3, 3, 8, 8)))
     changed = torch.cat([e[:, :192], e[:, 192:] + 1], 1)  # the token is seen
     assert (sample.sample(net, changed, labels, 2)[:, :192] - x[:, :192]).abs().max() > 1e-3
-    raises(lambda: sample.guided(net, 1.5, channels=3), "channels 3")
+    raises(lambda: guidance.Guided(net, channels=3), "channels 3", "leave it at 0")
 
     x, t, y = batch_of(2)
     fresh, bound = model.build(TINY | dict(parts=["reg.Token"], token=5)), math.sqrt(6 / (32 + 5))
@@ -599,7 +599,7 @@ def test_aligned_trains(tmp_path, encoded, monkeypatch, capsys):  # noqa: F811
     assert "cosine of sampled tokens" in capsys.readouterr().out
     for module in (moe, repa, reg, official):
         module.main([])  # its own text
-    assert capsys.readouterr().out.count("python -m extras.") == 5
+    assert capsys.readouterr().out.count("python -m extras.") == 6
     raises(lambda: repa.main([str(tmp_path / "plain")]), "without alignment")
     raises(lambda: reg.main([str(tmp_path / "reg")]), "--encoder")
 

@@ -1,4 +1,4 @@
-"""Tests of pafm, carflow, soflow, shortcut, scm, imf, meanflow_guided, curriculum, controls and mixture."""
+"""Tests of pafm, carflow, soflow, shortcut, scm, imf, meanflow_guided, curriculum, controls, mixture."""
 import dataclasses
 import math
 import os
@@ -19,11 +19,12 @@ import losses
 import model
 import sample
 import train
-from extras import carflow, controls, curriculum, imf, meanflow_guided, mixture, pafm, scm, shortcut, soflow
-from extras.test_core import (ByLabel, Given, Weighted, assert_composition, assert_same_loss,
-                                      of_velocity, one_step_case, oracle_gradient, standard_errors,
-                                      wrong_maps)
-from test_all import (HERE, SMALL_SET, TWO_MODES, assert_same_state, checkpoint, error_of, in_float64, raises,
+from extras import carflow, controls, curriculum, guidance, imf, meanflow_guided, mixture, pafm, scm
+from extras import shortcut, soflow
+from extras.gaussians import FOUR_MODES, Mixture, exact_velocity
+from extras.test_core import (TWO_MODES, ByLabel, Given, Weighted, assert_composition, assert_same_loss,
+                              of_velocity, one_step_case, oracle_gradient, standard_errors, wrong_maps)
+from test_all import (HERE, SMALL_SET, assert_same_state, checkpoint, error_of, in_float64, raises,
                       tiny, tiny_run)
 from test_all import GaussianMap, assert_close_runs, network, on_points
 
@@ -68,7 +69,7 @@ def test_pafm_target():
     net = network(lambda x_t, t, y, r=None: seen.append((x_t, t)) or torch.zeros_like(x_t))
     y, cfg = torch.zeros(50).long(), on_points("pafm", candidates=4)
     loss, logs = pafm.pafm(net, x, y, draws, cfg, all_of(points))
-    empirical = losses.Mixture(points, torch.zeros(4).double(), torch.full((4,), .25).double())
+    empirical = Mixture(points, torch.zeros(4).double(), torch.full((4,), .25).double())
     (x_t, t), = seen
     assert t.min() < 0.05 and abs(loss - empirical.velocity(x_t, t.double()).square().mean()) < 1e-6 * loss
     cfg = on_points("pafm", candidates=1)
@@ -459,15 +460,35 @@ def test_sample_conditions_the_network_on_its_guidance():
     net = tiny(times=2, parts=["imf.Guidance"])
     x, y, t = torch.randn(4, 3, 8, 8), torch.arange(4), torch.full((4,), .5)
     with torch.no_grad():
-        for guidance, interval, w in ((3.0, (0, 1), 3.0), (3.0, (.6, 1), 1.0), (1.0, (0, 1), 1.0)):
-            found = sample.guided(net, guidance, interval)(x, .5, y, .25)
+        for scale, interval, w in ((3.0, (0, 1), 3.0), (3.0, (.6, 1), 1.0), (1.0, (0, 1), 1.0)):
+            found = sample.guided(net, scale, interval)(x, .5, y, .25)
             assert torch.allclose(found, net(x, t, y, t / 2, torch.full((4,), w)), atol=1e-6)
     assert "at least 1" in error_of(sample.guided, net, 0.5)
-    assert "no reference" in error_of(sample.guided, net, 2.0, (0, 1), net)
+    assert "no reference" in error_of(guidance.Guided, net, net)
     assert "conditioned on guidance 3" in sample.describe(1, "euler", 3.0, conditioned=True)
 
 
 # ---- On the 1-D mixture ----
+
+
+def test_losses_mixture_is_consistent():
+    """The closed forms agree with one another: score = grad log density by autograd, score = -(x + (1 - t) v)
+    / t, the flow map follows the velocity, and v of one component is the Gaussian's."""
+    means = torch.tensor([[-1., 0.5], [1., 0.], [0., 2.]]).double()
+    stds, weights = torch.tensor([[.2, .5, .3], [.3, .5, .2]]).double()
+    x, t = torch.randn(50, 2).double().requires_grad_(), torch.rand(50, 1).double() * .9 + .05
+    mixture = Mixture(means, stds, weights)
+    std = (((1 - t) * stds) ** 2 + t ** 2).sqrt()
+    parts = torch.distributions.Normal((1 - t[..., None]) * means, std[..., None])
+    log_p = torch.logsumexp(parts.log_prob(x[:, None]).sum(-1) + weights.log(), 1)
+    score = torch.autograd.grad(log_p.sum(), x)[0]
+    assert (mixture.score(x, t[:, 0]) - score).abs().max() < 1e-12
+    assert (-(x + (1 - t) * mixture.velocity(x, t[:, 0])) / t - score).abs().max() < 1e-11
+    x, t, h = torch.randn(20, 1).double(), torch.full((20,), .6).double(), 1e-4
+    slope = (TWO_MODES.flow(x, t, t + h) - TWO_MODES.flow(x, t, t - h)) / (2 * h)
+    assert (slope - TWO_MODES.velocity(x, t)).abs().max() < 1e-6
+    one = Mixture(TWO_MODES.means[1:], TWO_MODES.stds[1:], torch.ones(1).double())
+    assert torch.allclose(TWO_MODES.velocity(x, t, torch.ones(20).long()), one.velocity(x, t))
 
 
 @pytest.mark.parametrize("name, bound", [("meanflow", 0.6), ("imf", 0.6), ("soflow", 0.6), ("shortcut", 0.3),
@@ -475,8 +496,8 @@ def test_sample_conditions_the_network_on_its_guidance():
 def test_mixture_one_step_networks_learn_it(name, bound):
     """A tenth of the full run brings one-step samples near the closed form, where fm's have W1 = 1 (three
     seeds gave 0.41 to 0.48, and 0.13 to 0.16)."""
-    net = mixture.train_points(name, losses.FOUR_MODES, mixture.point_settings(name, steps=250, batch=256))
-    errors = mixture.point_errors(net, losses.FOUR_MODES, 1)
+    net = mixture.train_points(name, FOUR_MODES, mixture.point_settings(name, steps=250, batch=256))
+    errors = mixture.point_errors(net, FOUR_MODES, 1)
     assert errors["W1"] < bound, errors
 
 
@@ -486,15 +507,15 @@ def test_mixture_one_step_networks_learn_it(name, bound):
 def test_mixture_networks_reach_the_exact_sampler(name, steps, bounds):
     """A part of the full run brings fm's velocity, flow map and samples, cafm's velocity and afm's one-step
     samples near the closed form."""
-    net = mixture.train_points(name, losses.FOUR_MODES, mixture.point_settings(name, steps=steps))
-    errors = mixture.point_errors(net, losses.FOUR_MODES, 1 if name == "afm" else 50)
+    net = mixture.train_points(name, FOUR_MODES, mixture.point_settings(name, steps=steps))
+    errors = mixture.point_errors(net, FOUR_MODES, 1 if name == "afm" else 50)
     assert all(errors[key] < bound for key, bound in bounds.items()) and errors["in mode"] > 0.93, errors
 
 
 def test_mixture_errors_are_zero_where_they_should_be():
     """At the exact velocity there is no error of it, 50 steps come near the exact map, and one step does not;
     exact jumps end alike in one step and in four; half of the way back there is half of the noise."""
-    exact, modes = mixture.exact_velocity, losses.FOUR_MODES
+    exact, modes = exact_velocity, FOUR_MODES
     errors = mixture.point_errors(exact, modes, 50)
     assert errors["velocity"] < 1e-6 and errors["map"] < 0.05 and errors["W1"] < 0.03
     assert errors["in mode"] > 0.99 and mixture.point_errors(exact, modes, 1)["W1"] > 0.9
@@ -536,7 +557,7 @@ def test_mixture_run_alone_writes_the_picture(tmp_path, capsys, monkeypatch):
         for name, changes in asked[f"extras.{out}"].items():
             cfg = mixture.point_settings(name.split(",")[0], **changes)
             assert (cfg.steps, cfg.seed) == (3, 1)
-            net = mixture.train_points(name.split(",")[0], losses.FOUR_MODES, cfg)
+            net = mixture.train_points(name.split(",")[0], FOUR_MODES, cfg)
             assert all(p.isfinite().all() for p in net.parameters()), name
     own = {name: mixture.point_settings(name.split(",")[0], **its) for name, its in controls.CONTROLS.items()}
     assert own["meanflow, no jumps"].jumps == own["imf, no head"].head == 0 < own["meanflow"].jumps
@@ -641,7 +662,7 @@ def test_runs_start_from_a_flow_and_know_how_they_are_sampled(tmp_path, capsys):
             assert "conditioned on guidance 3" in told()
         else:
             raises(lambda: sample.main([*command, "--guidance", "3"]), "--guidance 3", "it is 1")
-            raises(lambda: sample.main([*command, "--reference", str(tmp_path / "fm")]), "--reference")
+            raises(lambda: guidance.main([*command, "--reference", str(tmp_path / "fm")]), "--reference")
     assert train.sampling(train.configure("imf", omega_max=1.0), 1.5)["guidance"] == 1.0
 
 
