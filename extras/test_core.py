@@ -21,7 +21,7 @@ import model
 import sample
 import train
 from extras.gaussians import Mixture
-from test_all import (GaussianMap, REAL, TINY, TOY, cafm_loss, checkpoint, double_backward, known_distance,
+from test_all import (GaussianMap, REAL, SMALL_SET, TINY, TOY, cafm_loss, checkpoint, double_backward, known_distance,
                       logged, network, on_points, parameters_of, quantile_noise, quick_draws, raises, rand,
                       same, save_tiny, spd, tiny, tiny_run, torchrun, toy, write_extra, write_npz)
 
