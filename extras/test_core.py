@@ -21,9 +21,10 @@ import model
 import sample
 import train
 from extras.gaussians import Mixture
-from test_all import (GaussianMap, REAL, SMALL_SET, TINY, TOY, cafm_loss, checkpoint, double_backward, known_distance,
-                      logged, network, on_points, parameters_of, quantile_noise, quick_draws, raises, rand,
-                      same, save_tiny, spd, tiny, tiny_run, torchrun, toy, write_extra, write_npz)
+from test_all import (GaussianMap, REAL, SMALL_SET, TINY, TOY, cafm_loss, checkpoint, double_backward,
+                      known_distance, logged, network, on_points, parameters_of, quantile_noise, quick_draws,
+                      raises, rand, same, save_tiny, spd, tiny, tiny_run, torchrun, toy, write_extra,
+                      write_npz)
 
 HALVES = torch.tensor([0.5, 0.5]).double()
 TWO_MODES = Mixture(torch.tensor([[-1.5], [1.5]]).double(), HALVES, HALVES)
