@@ -448,13 +448,13 @@ def scored(cfg: Config) -> bool:
     return cfg.score > 0 and cfg.data.split(":")[0] == "glyphs" and losses.find(cfg.loss).draws_images
 
 
-def score_samples(ema: nn.Module, cfg: Config, options: dict, progress: str) -> dict:
+def score_samples(ema: nn.Module, cfg: Config, options: dict, progress: str, metrics: str = "fid") -> dict:
     """`fid.score_glyphs` of cfg.score samples by these options of `sample.sample`, and the protocol."""
     labels = sample.labels_for(cfg.score, ema.num_classes)
     images, own = torch.empty(0, *ema.shape, dtype=torch.uint8), []  # this process's share
     for indices, part in sample.generate(ema, labels, cfg.seed + 1, progress=progress, **options):
         images, own = torch.cat([images, part]), own + indices
-    scores = fid.score_glyphs(images, labels[own])
+    scores = fid.score_glyphs(images, labels[own], metrics)
     how = sample.describe(conditioned=ema.guidance_conditioned, **options)
     return scores | dict(protocol=f"{how}, EMA weights, labels in turn, seed {cfg.seed + 1}, network in "
                                   f"{'bfloat16' if ema.amp else 'float32'}")
@@ -570,8 +570,9 @@ def warn_of_sameness(fake: list, labels: Tensor, source: data.Dataset) -> None:
         own = [images[classes == k].float() for k in classes.unique()]
         deviations.append(sum(x.std(0).mean() for x in own if len(x) > 1))
     if len(deviations) == 2 and deviations[0] < deviations[1] / 2:  # on process 0, which has the samples
-        data.note(f"samples of a class deviate {deviations[0] / deviations[1]:.2f} times as much as the data: "
-                  "the generator forgets its noise; try a lower --lr than --d_lr, or more transport cost (--ot)")
+        share = deviations[0] / deviations[1]
+        data.note(f"samples of a class deviate {share:.2f} times as much as the data: the generator forgets its "
+                  "noise; try a lower --lr than --d_lr, or more transport cost (--ot)")
 
 
 def check(cfg: Config) -> None:
