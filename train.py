@@ -6,8 +6,8 @@
     torchrun --nproc_per_node=2 train.py ..            the same run, shared by two processes
     python train.py .. --resume                        go on where a run stopped, bit for bit
 
-A run folder holds config.json, log.jsonl, loss.png, samples/, last.pt (the checkpoint) and final.json, the
-scores and how they were measured.
+A run folder holds config.json, log.jsonl, samples/, last.pt (the checkpoint) and final.json, the scores and
+how they were measured; and loss.png, where extras/curves.py is there.
 
 Batches, noise, times and dropped labels are functions of (seed, position in the run) alone, so restarts,
 processes and gradient accumulation change nothing but the order of sums.
