@@ -684,6 +684,31 @@ def test_losses_times_and_dropped_labels():
     assert torch.equal(losses.drop_labels(tiny(null_class=False), y, draws, cfg), y)
 
 
+def test_losses_times_of_jumps_and_velocities():
+    """Jumps go from the larger to the smaller of two draws of --jump_time; a velocity has the one draw that fm
+    has, not the larger of two, in which times near the data are rare."""
+    draws, own = data.Draws(0, range(4000)), dict(time_mean=0.8, time_std=0.5, init="a flow")
+    for jump_time, one in (("uniform", 1 / 2), ("", 0.681)):
+        cfg = train.configure("meanflow", jumps=0.5, jump_time=jump_time, **own)
+        (t, r), fm = losses.two_times(draws, cfg), losses.sample_times(draws, cfg)
+        flow = r == t
+        assert torch.equal(t[flow], fm[flow]) and abs(flow.float().mean() - 0.5) < 0.03
+        assert (t > r)[~flow].all() and abs((t + r)[~flow].mean() / 2 - one) < 0.01
+        gap = {"uniform": 1 / 3, "": 0.119}[jump_time]
+        assert abs((t - r)[~flow].mean() - gap) < 0.01
+
+
+def test_losses_consistency_has_its_boundary():
+    """Near the data the jump of ect goes to where it starts, whatever the network: f(x_t, t) is
+    (1 - t / t_min) x_t + (t / t_min) x_net for one that predicts x."""
+    source = data.dataset(str(SMALL_SET))
+    for predict, reach in (("x", 0.05 * (1 + 0.42) / 0.42), ("v", 0.0)):
+        cfg = train.configure("ect", model="tiny", predict=predict)
+        net, x_t, t = train.build(cfg, source), torch.randn(4, *source.shape), torch.full((4,), 0.05)
+        end = losses.jump(net, x_t, t, 0 * t, torch.arange(4))  # fresh networks give 0
+        assert torch.allclose(end, (1 - reach) * x_t, atol=1e-5), predict
+
+
 def test_losses_schedules():
     """Which network is updated: 16 steps of D for one of G after 10,000 of D alone give G 2,353 of 50,000
     steps, the first at 10,012. The transport weight falls by half a cosine from start to end."""
@@ -720,7 +745,8 @@ def test_sample_solvers_reach_the_exact_flow_map_with_their_order():
 def test_sample_steps_and_grids_are_the_textbook_ones():
     """For dx/dt = t steps can be summed by hand, on a grid of unequal ones: Euler takes the left end, Heun
     the mean of both ends but in its last step, Adams-Bashforth is exact but in its first. rho bends grids
-    towards data, shift towards noise. renoise jumps to the data, and back to a step's end with new noise."""
+    towards data, shift towards noise. renoise jumps to the data, and back to a step's end with new noise. The
+    last step of a network that predicts x begins at t_min."""
     times, x = [1.0, .9, .5, .2, .0], torch.zeros(1, 1).double()
     exact = [(r * r - t * t) / 2 for t, r in zip(times, times[1:])]
     left = [(r - t) * t for t, r in zip(times, times[1:])]
@@ -729,8 +755,14 @@ def test_sample_steps_and_grids_are_the_textbook_ones():
         found = sample.SOLVERS[name](lambda x, t, y, r=None: torch.full_like(x, t), x, None, times)
         assert abs(found.item() - total) < 1e-12, name
     for options, times in ((dict(steps=4), [1, .75, .5, .25, 0]), (dict(steps=2, shift=3), [1, .75, 0]),
-                           (dict(steps=2, rho=2), [1, .25, 0])):
+                           (dict(steps=2, rho=2), [1, .25, 0]), (dict(steps=2, end=.4), [1, .5, 0]),
+                           (dict(steps=4, end=.4), [1, .8, .6, .4, 0])):
         assert np.allclose(sample.time_grid(**options), times)
+    for predict, times in (("x", [1, .8, .6, .4]), ("v", [1, .75, .5, .25])):
+        net, asked = tiny(predict=predict, t_min=0.4), []
+        net.register_forward_pre_hook(lambda _, given: asked.append(given[1].item()))
+        sample.sample(net, torch.randn(1, *net.shape), torch.zeros(1).long(), 4)
+        assert np.allclose(asked, times), predict
     draws = types.SimpleNamespace(normal=lambda purpose, shape: torch.full((1, 1), 2.0).double())
     found = sample.renoise(lambda x, t, y, r: x + t + 10 * r, x + 1, None, [1.0, 0.25, 0.0], draws)
     x = 0.75 * (1 - 2) + 0.25 * 2

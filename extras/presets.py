@@ -18,10 +18,12 @@ PAPERS = dict(decay="constant", warmup=0, clip=0.0, ema=0.9999, weight_decay=0.0
 LATENTS = PAPERS | dict(model="SiT-XL/2", predict="v", size=0)
 PIXELS = PAPERS | dict(loss="fm", size=256, batch=1024, warmup=6255, lr=2e-4, beta2=0.95,
                        time="logit_normal", time_mean=0.8, time_std=0.8, steps=750_600)
-CAFM = dict(loss="cafm", lr=1e-5, beta1=0.0, beta2=0.95, ema=0.99, d_steps=16, cp=0.001)
+CAFM = dict(loss="cafm", lr=1e-5, beta1=0.0, beta2=0.95, ema=0.99, d_steps=16, cp=0.001,
+            d_lr=0.0, ot=0.0, ot_end=0.0)
 AFM = dict(loss="afm", beta1=0.0, beta2=0.9, weight_decay=0.01, label_drop=0.0, gp=0.25, cp=0.01,
-           steps=1_000_000)
-JUMPS = dict(time="logit_normal", time_std=1.0, jumps=0.25, p=1.0, sample_steps=1, steps=1_200_960)
+           d_lr=0.0, steps=1_000_000)
+JUMPS = dict(time="logit_normal", time_std=1.0, jump_time="", jumps=0.25, p=1.0, sample_steps=1,
+             steps=1_200_960)
 ALIGNED = dict(time="uniform", clip=1.0, align=0.5, align_block=8, mirror="off", steps=4_000_000)
 
 PRESETS = {  # name: (where its settings were read, the settings)
@@ -48,7 +50,8 @@ PRESETS = {  # name: (where its settings were read, the settings)
         LATENTS | AFM | dict(nfe=2, ot=0.25, ot_end=0.005, clip=5.0)),
     "afm-xl2-56layer": (
         "AFM, arXiv:2511.22475, train_afm_1nfe_deep.yaml and Table 11, stage 1",
-        LATENTS | AFM | dict(loss="afm_more", predict="x", nfe=1, repeats=2, ot=0.2, ot_end=0.005, clip=5.0)),
+        LATENTS | AFM | dict(loss="afm_more", predict="x", nfe=1, repeats=2, ot=0.2, ot_end=0.005, clip=5.0,
+                             augment=0.0, cg=0.003, cg_time=0.1)),
     "meanflow-xl2": (
         "MeanFlow, arXiv:2505.13447, and a PyTorch port's README for omega, kappa",
         LATENTS | JUMPS | dict(loss="meanflow_guided", time_mean=-0.4, beta2=0.95, omega=0.2, kappa=0.92,
@@ -61,7 +64,8 @@ PRESETS = {  # name: (where its settings were read, the settings)
         LATENTS | ALIGNED | dict(loss="reg", token=0.03)),
     "soflow-xl2": (
         "SoFlow, arXiv:2512.15657, and its train.py",
-        LATENTS | JUMPS | dict(loss="soflow", time_mean=-0.2, beta2=0.99, amp="off")),
+        LATENTS | JUMPS | dict(loss="soflow", time_mean=-0.2, beta2=0.99, amp="off", omega=1.0,
+                        kappa=0.0, guide_until=1.0)),
 }
 
 

@@ -689,12 +689,16 @@ def test_search_command(tmp_path, capsys):
 
 
 def test_presets(tmp_path, capsys, monkeypatch):
-    """Each preset fits its network and objective, and sets all that the objective's defaults change; it
-    stands behind flags, and is printed with its source; a small run with one of them trains."""
+    """Each preset fits its network and objective, and sets all that the objective has defaults of its own
+    for, made for glyphs: shared settings and its flags, but for files. It stands behind flags, and is printed
+    with its source; a small run with one of them trains."""
     for name, (source, settings) in presets.PRESETS.items():
         cfg = train.configure(**settings)
         train.check(cfg)
-        assert "arXiv:" in source and settings.keys() >= losses.find(cfg.loss).defaults.keys(), name
+        own, files = losses.find(cfg.loss), {"d_init", "encoder", "classifier"}
+        unused = {"time_mean", "time_std"} if cfg.time == "uniform" else set()
+        made_for_glyphs = {*own.defaults, *(own.scratch or {}), *own.flags} - files - unused
+        assert "arXiv:" in source and settings.keys() >= made_for_glyphs, (name, made_for_glyphs)
         if cfg.loss not in ("repa", "reg"):  # whose networks ask an encoder
             options = losses.find(cfg.loss).network(cfg, None)
             options |= dict(predict=cfg.predict) if cfg.predict else {}
@@ -717,7 +721,7 @@ def test_presets(tmp_path, capsys, monkeypatch):
     capsys.readouterr()
     split = ["afm-xl2-1nfe", "--accumulation", "2", "--device", "cpu"]
     raises(lambda: presets.main(split), "--accumulation 2")
-    assert "--lr 0.0001" in capsys.readouterr().out  # before the 0.0005 of --loss afm
+    assert "--lr 0.0001" in capsys.readouterr().out
     presets.main([])
     out = capsys.readouterr().out
     assert all(name in out for name in presets.PRESETS)
