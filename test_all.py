@@ -685,8 +685,8 @@ def test_losses_times_and_dropped_labels():
 
 
 def test_losses_times_of_jumps_and_velocities():
-    """Jumps go from the larger to the smaller of two draws of --jump_time; a velocity has the one draw that fm
-    has, not the larger of two, in which times near the data are rare."""
+    """Jumps go from the larger to the smaller of two draws of --jump_time; a velocity has the one draw that
+    fm has, not the larger of two, in which times near the data are rare."""
     draws, own = data.Draws(0, range(4000)), dict(time_mean=0.8, time_std=0.5, init="a flow")
     for jump_time, one in (("uniform", 1 / 2), ("", 0.681)):
         cfg = train.configure("meanflow", jumps=0.5, jump_time=jump_time, **own)
