@@ -295,6 +295,16 @@ def boundary(cfg, source) -> dict:
     return dict(t_min=cfg.data_std / (1 + cfg.data_std))
 
 
+def growth_alarm(column: str) -> Callable:
+    """The alarm of a consistency objective, whose targets are its own: this column of the log grows."""
+    def alarm(row: dict, first: dict) -> str:
+        if row[column] < 2 * first[column]:
+            return ""
+        return (f"{column} has doubled, the targets run away: try a lower --lr, a start from a flow "
+                "(--init), and the --data_std of your data")
+    return alarm
+
+
 def consistency_model(cfg) -> dict:
     """Sampling by a network that jumps to the data only: there, and part of the way back by new noise."""
     return dict(solver="renoise", guidance=1.0)
@@ -302,13 +312,13 @@ def consistency_model(cfg) -> dict:
 
 DATA_STD = dict(data_std=option(0.42, "standard deviation of the data's pixels (glyphs: 0.42)"))
 
-register("ect", ect, sampling=consistency_model, network=boundary,
+register("ect", ect, sampling=consistency_model, network=boundary, alarm=growth_alarm("loss"),
          check=lambda cfg: (at_least(cfg, 1, "doublings"), at_least(cfg, 0.001, "data_std")),
          flags=DATA_STD | dict(doublings=option(8, "stages, each with steps half as long as before")),
          defaults=dict(steps=3000, lr=1e-3, label_drop=0.0, time_mean=-1.1, time_std=2.0, sample_steps=1,
                        amp="off"),
          scratch=dict(steps=4000, lr=4e-3, time_mean=0.8, time_std=1.6),
-         points=dict(steps=2500, ema=0.99, time="logit_normal", time_std=1.5))
+         points=dict(steps=2500, ema=0.99, time="logit_normal", time_std=1.5, data_std=1.1))
 
 
 # ---- 4. Adversarial flow, discrete and continuous ----

@@ -1422,24 +1422,6 @@ def test_train_discriminator_starts_from_the_generator(tmp_path, capsys):
             assert (nets[role]["weights"][f"{key}.embedding_table.weight"] - want).abs().max() < 1e-6, role
 
 
-def test_train_alarms(tmp_path, capsys):
-    """An alarm is told once: D that wins; D that is dead, at its indifferent loss and without slope."""
-    log = train.Log(tmp_path / "log.jsonl", 0, losses.find("cafm").alarm)
-    for step, value in ((0, 1.9), (1, 0.1), (2, 0.05)):
-        log.note(step, "D", {"loss": torch.tensor(value)}, 0.1)
-        log.note(step, "G", {"loss": torch.tensor(0.01)}, 0.2)
-        log.flush(train.Config(), types.SimpleNamespace(set_postfix=lambda **_: None))
-    told = capsys.readouterr().err
-    assert told.count("the discriminator wins") == 1 and "step 2" in told and "0.100" in told
-    assert [(row["role"], row["lr"]) for row in logged(tmp_path)] == [("D", 0.1), ("G", 0.2)] * 3
-    first = dict(role="D", step=100, loss=2.0)
-    for name, loss, r1, word in (("afm", 0.692, 1e-4, "dead"), ("afm", 0.692, 1e-2, ""), ("afm", 0.66, 0, ""),
-                                 ("afm", 0.04, 1, "wins"), ("cafm", 1.995, 0, "dead"), ("cafm", 0.6, 0, "")):
-        alarm, row = losses.find(name).alarm, dict(role="D", loss=loss, r1=r1, step=200)
-        assert word in alarm(row, first) and bool(word) == bool(alarm(row, first))
-        assert not alarm(row | dict(step=100), first) and not alarm(row | dict(role="G"), first)
-
-
 def test_train_objectives_bring_their_settings(tmp_path, capsys):
     """--loss NAME takes the paper's settings where no flag is given, and its --help shows them; a resumed run
     keeps its own, and notes what is changed on purpose; --d_lr is D's learning rate."""

@@ -176,12 +176,13 @@ def train(cfg: Config, until: int = 0) -> dict | None:
                 save_checkpoint(out, done, time.perf_counter() - began, cfg, nets, opts, ema, processes)
             if show and not stopped:
                 with processes.unsharded(ema):
-                    write_grid(ema, cfg, out / "samples" / f"{done:07d}.png", codec)
+                    write_grid(ema, cfg, out / "samples" / f"{done:07d}.png", codec, source)
                 log.since = time.perf_counter()
             if stopped:
                 return say(f"stopped by a signal after step {done}; saved {out}/last.pt: --resume goes on")
     with processes.unsharded(ema):
-        return finish(ema, cfg, out, time.perf_counter() - began, codec) if until in (0, cfg.steps) else {}
+        seconds = time.perf_counter() - began
+        return finish(ema, cfg, out, seconds, codec, source) if until in (0, cfg.steps) else {}
 
 
 class Loss(nn.Module):
@@ -428,7 +429,7 @@ def read_log(path: Path) -> list[dict]:
     return rows
 
 
-def write_grid(ema: nn.Module, cfg: Config, path: Path, codec) -> None:
+def write_grid(ema: nn.Module, cfg: Config, path: Path, codec, source: data.Dataset) -> None:
     """A guided sample grid of a fixed noise: a column for each of up to ten classes, or ten of one."""
     if not losses.find(cfg.loss).draws_images or ema.shape[0] != 3 and codec is None:
         return
@@ -436,7 +437,9 @@ def write_grid(ema: nn.Module, cfg: Config, path: Path, codec) -> None:
     columns = len(classes) if len(classes) > 1 else 10
     labels = sample.labels_for(4 * columns, ema.num_classes, classes)
     options = sampling(cfg, cfg.guidance if ema.null_class else 1.0)
-    fake = sample.generate(ema, labels, cfg.seed, len(labels), codec=codec, **options)
+    fake = list(sample.generate(ema, labels, cfg.seed, len(labels), codec=codec, **options))
+    if losses.find(cfg.loss).D and source.shape[0] == 3:
+        warn_of_sameness(fake, labels, source)
     sample.write_samples(fake, labels, sample.image_shape(ema, codec), path, columns)
 
 
@@ -479,9 +482,9 @@ def report_start(cfg: Config, source: data.Dataset, net: nn.Module, device: torc
         f"{tuple(source.shape)}, {source.num_classes} classes, on {device} x {data.world()}, into {cfg.out}")
 
 
-def finish(ema: nn.Module, cfg: Config, out: Path, seconds: float, codec) -> dict:
+def finish(ema: nn.Module, cfg: Config, out: Path, seconds: float, codec, source) -> dict:
     """The last grid, and final.json with the scores: without and, for a flow, with guidance."""
-    write_grid(ema, cfg, out / "samples" / "final.png", codec)
+    write_grid(ema, cfg, out / "samples" / "final.png", codec, source)
     result = dict(steps=cfg.steps, images_seen=cfg.steps * cfg.batch, training_seconds=round(seconds, 1))
     for name, guidance in ("unguided", 1.0), ("guided", cfg.guidance):
         options = sampling(cfg, guidance)
@@ -556,6 +559,19 @@ class StopSignal:
         if dist.is_initialized():
             dist.all_reduce(asked)
         return bool(asked)
+
+
+def warn_of_sameness(fake: list, labels: Tensor, source: data.Dataset) -> None:
+    """A note where the images of a class deviate half as much as the data's: a generator without variety."""
+    known, deviations = torch.as_tensor(source.labels), []
+    real = [(known == k).nonzero()[:int(n), 0] for k, n in zip(*labels.unique(return_counts=True))]
+    for images, classes in [*((images, labels[indices]) for indices, images in fake),
+                            next(data.batches(source, [torch.cat(real).tolist()]))]:
+        own = [images[classes == k].float() for k in classes.unique()]
+        deviations.append(sum(x.std(0).mean() for x in own if len(x) > 1))
+    if len(deviations) == 2 and deviations[0] < deviations[1] / 2:  # on process 0, which has the samples
+        data.note(f"samples of a class deviate {deviations[0] / deviations[1]:.2f} times as much as the data: "
+                  "the generator forgets its noise; try a lower --lr than --d_lr, or more transport cost (--ot)")
 
 
 def check(cfg: Config) -> None:

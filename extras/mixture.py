@@ -74,8 +74,10 @@ def train_points(name: str, mixture: Mixture, cfg=None) -> PointNet:
     objective, cfg, dimension = losses.find(name), cfg or point_settings(name), mixture.means.shape[1]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(cfg.seed)
-        times = max(1, objective.network(cfg, None).get("times", 1))
+        wanted = objective.network(cfg, None)
+        times = max(1, wanted.get("times", 1))
         nets = {"G": cfg.kind(dimension, predict=cfg.predict, times=times)}
+        nets["G"].t_min = wanted.get("t_min", nets["G"].t_min)
         nets |= {"D": PointDiscriminator(dimension)} if objective.D else {}
     rates = {"G": cfg.lr, "D": cfg.d_lr}
     opts = {role: torch.optim.AdamW(net.parameters(), rates[role], cfg.betas, weight_decay=0)

@@ -21,9 +21,10 @@ import model
 import sample
 import train
 from extras.gaussians import Mixture
-from test_all import (GaussianMap, REAL, TINY, TOY, cafm_loss, checkpoint, double_backward, known_distance,
-                      logged, network, on_points, parameters_of, quantile_noise, quick_draws, raises, rand,
-                      same, save_tiny, spd, tiny, tiny_run, torchrun, toy, write_extra, write_npz)
+from test_all import (GaussianMap, REAL, SMALL_SET, TINY, TOY, cafm_loss, checkpoint, double_backward,
+                      known_distance, logged, network, on_points, parameters_of, quantile_noise, quick_draws,
+                      raises, rand, same, save_tiny, spd, tiny, tiny_run, torchrun, toy, write_extra,
+                      write_npz)
 
 HALVES = torch.tensor([0.5, 0.5]).double()
 TWO_MODES = Mixture(torch.tensor([[-1.5], [1.5]]).double(), HALVES, HALVES)
@@ -959,3 +960,30 @@ def test_train_refuses_to_resume_as_another_network_or_sampler(tmp_path, capsys,
         else:
             raises(call, f"--{name} 2, not 1", "--init")
     assert capsys.readouterr().err.count("resuming with") == 1
+
+
+def test_train_alarms(tmp_path, capsys):
+    """An alarm is told once: D that wins; D that is dead, at its indifferent loss and without slope; targets
+    of ect that run away; a generator whose samples of a class are alike, not one of the data's variety."""
+    log = train.Log(tmp_path / "log.jsonl", 0, losses.find("cafm").alarm)
+    for step, value in ((0, 1.9), (1, 0.1), (2, 0.05)):
+        log.note(step, "D", {"loss": torch.tensor(value)}, 0.1)
+        log.note(step, "G", {"loss": torch.tensor(0.01)}, 0.2)
+        log.flush(train.Config(), types.SimpleNamespace(set_postfix=lambda **_: None))
+    told = capsys.readouterr().err
+    assert told.count("the discriminator wins") == 1 and "step 2" in told and "0.100" in told
+    assert [(row["role"], row["lr"]) for row in logged(tmp_path)] == [("D", 0.1), ("G", 0.2)] * 3
+    first = dict(role="D", step=100, loss=2.0)
+    for name, loss, r1, word in (("afm", 0.692, 1e-4, "dead"), ("afm", 0.692, 1e-2, ""), ("afm", 0.66, 0, ""),
+                                 ("afm", 0.04, 1, "wins"), ("cafm", 1.995, 0, "dead"), ("cafm", 0.6, 0, "")):
+        alarm, row = losses.find(name).alarm, dict(role="D", loss=loss, r1=r1, step=200)
+        assert word in alarm(row, first) and bool(word) == bool(alarm(row, first))
+        assert not alarm(row | dict(step=100), first) and not alarm(row | dict(role="G"), first)
+    grows = losses.find("ect").alarm
+    assert "run away" in grows(dict(loss=0.9), dict(loss=0.4)) and not grows(dict(loss=0.7), dict(loss=0.4))
+    source, labels = data.dataset(str(SMALL_SET)), sample.labels_for(40, 10)
+    images = data.glyphs(40, 32, 5)[0]
+    for share, told in ((1.0, False), (0.7, False), (0.4, True), (0.0, True)):
+        alike = share * images + (1 - share) * images[labels]
+        train.warn_of_sameness([(list(range(40)), alike.to(torch.uint8))], labels, source)
+        assert ("forgets its noise" in capsys.readouterr().err) == told, share
