@@ -6,8 +6,8 @@
     torchrun --nproc_per_node=2 train.py ..            the same run, shared by two processes
     python train.py .. --resume                        go on where a run stopped, bit for bit
 
-A run folder holds config.json, log.jsonl, loss.png, samples/, last.pt (the checkpoint) and final.json, the
-scores and how they were measured.
+A run folder holds config.json, log.jsonl, samples/, last.pt (the checkpoint) and final.json, the scores and
+how they were measured; and loss.png, where extras/curves.py is there.
 
 Batches, noise, times and dropped labels are functions of (seed, position in the run) alone, so restarts,
 processes and gradient accumulation change nothing but the order of sums.
@@ -181,8 +181,7 @@ def train(cfg: Config, until: int = 0) -> dict | None:
             if stopped:
                 return say(f"stopped by a signal after step {done}; saved {out}/last.pt: --resume goes on")
     with processes.unsharded(ema):
-        seconds = time.perf_counter() - began
-        return finish(ema, cfg, out, seconds, codec, source) if until in (0, cfg.steps) else {}
+        return finish(ema, cfg, time.perf_counter() - began, codec, source) if until in (0, cfg.steps) else {}
 
 
 class Loss(nn.Module):
@@ -482,8 +481,9 @@ def report_start(cfg: Config, source: data.Dataset, net: nn.Module, device: torc
         f"{tuple(source.shape)}, {source.num_classes} classes, on {device} x {data.world()}, into {cfg.out}")
 
 
-def finish(ema: nn.Module, cfg: Config, out: Path, seconds: float, codec, source) -> dict:
+def finish(ema: nn.Module, cfg: Config, seconds: float, codec, source: data.Dataset) -> dict:
     """The last grid, and final.json with the scores: without and, for a flow, with guidance."""
+    out = Path(cfg.out)
     write_grid(ema, cfg, out / "samples" / "final.png", codec, source)
     result = dict(steps=cfg.steps, images_seen=cfg.steps * cfg.batch, training_seconds=round(seconds, 1))
     for name, guidance in ("unguided", 1.0), ("guided", cfg.guidance):
