@@ -65,6 +65,7 @@ class LiT(model.Part):
 
 for size in model.SIZES:
     model.ZOO[f"LiT-{size}/2"] = model.ZOO[f"SiT-{size}/2"] | dict(parts=["lit.LiT"])
+model.ZOO["LiT-glyph"] = model.ZOO["glyph-S"] | dict(parts=["lit.LiT"])
 
 if __name__ == "__main__":
     data.run_cli(model.main)

@@ -124,6 +124,7 @@ def expert_layers(net: nn.Module) -> list[Experts]:
 
 for size in ("S", "B", "XL"):
     model.ZOO[f"MoE-{size}/2"] = model.ZOO[f"SiT-{size}/2"] | dict(parts=["moe.MoE"])
+model.ZOO["MoE-glyph"] = model.ZOO["glyph-S"] | dict(parts=["moe.MoE"])
 
 # ---- 3. Run alone: where tokens go ----
 
