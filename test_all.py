@@ -1432,7 +1432,7 @@ def test_train_objectives_bring_their_settings(tmp_path, capsys):
     train.main(["--resume", "--out", str(out), "--steps", "3", "--beta2", "0.8"])
     again, about = checkpoint(out), capsys.readouterr().err
     assert again["step"] == 3 and again["config"] == config | dict(steps=3, beta2=0.8, resume=True)
-    assert "--beta2 0.8 (was 0.9)" in about and "--ot" not in about
+    assert "--beta2 0.8 (was 0.9)" in about and "with --ot" not in about
     assert again["networks"]["G"]["optimizer"]["param_groups"][0]["betas"] == (0.0, 0.8)
     for d_lr, rate in ((0.0, 1.0), (0.5, 0.5)):
         cfg = train.configure("afm", lr=1.0, warmup=1, d_lr=d_lr)
