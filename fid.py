@@ -406,17 +406,19 @@ def real_glyphs(net: GlyphNet, n: int, size: int, needs: list) -> tuple[ImageSet
     return sets[0], frechet_distance(*sets[0].parts[FRECHET], *sets[1].parts[FRECHET])
 
 
-def score_glyphs(images: Tensor, labels: Tensor | None = None) -> dict:
+def score_glyphs(images: Tensor, labels: Tensor | None = None, metrics: str = "fid") -> dict:
     """dict(fd_glyphs, floor, accuracy, n) of generated glyphs (N, 3, s, s), uint8, with labels (N,) if known.
 
+    metrics: more of them, as "fid,NAME", add their values under their names.
     Under torch.distributed each process passes a share of any size, and all get the score of all n.
     """
     net = glyph_net().to(images.device)
     batches = ((part.tolist(), images[part], None if labels is None else labels[part])
                for part in torch.arange(len(images)).split(500))
     gen = ImageSet("generated glyphs", None, batches=batches, labels=labels)
-    score = evaluate(gen, "glyphs", net, device=str(images.device))["scores"]["fd_glyphs"]
-    return dict(fd_glyphs=score["value"], floor=score["floor"], accuracy=gen.accuracy, n=gen.n)
+    scores = evaluate(gen, "glyphs", net, device=str(images.device), metrics=metrics)["scores"]
+    values = {name: score["value"] for name, score in scores.items()}
+    return values | dict(floor=scores["fd_glyphs"]["floor"], accuracy=gen.accuracy, n=gen.n)
 
 
 # ---- 5. Command line ----

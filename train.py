@@ -447,13 +447,13 @@ def scored(cfg: Config) -> bool:
     return cfg.score > 0 and cfg.data.split(":")[0] == "glyphs" and losses.find(cfg.loss).draws_images
 
 
-def score_samples(ema: nn.Module, cfg: Config, options: dict, progress: str) -> dict:
+def score_samples(ema: nn.Module, cfg: Config, options: dict, progress: str, metrics: str = "fid") -> dict:
     """`fid.score_glyphs` of cfg.score samples by these options of `sample.sample`, and the protocol."""
     labels = sample.labels_for(cfg.score, ema.num_classes)
     images, own = torch.empty(0, *ema.shape, dtype=torch.uint8), []  # this process's share
     for indices, part in sample.generate(ema, labels, cfg.seed + 1, progress=progress, **options):
         images, own = torch.cat([images, part]), own + indices
-    scores = fid.score_glyphs(images, labels[own])
+    scores = fid.score_glyphs(images, labels[own], metrics)
     how = sample.describe(conditioned=ema.guidance_conditioned, **options)
     return scores | dict(protocol=f"{how}, EMA weights, labels in turn, seed {cfg.seed + 1}, network in "
                                   f"{'bfloat16' if ema.amp else 'float32'}")

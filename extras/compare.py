@@ -1,29 +1,18 @@
-"""Objectives on equal terms: the same network, images, steps and evaluation.
+"""Objectives side by side: one flow, every method from it, one table and one picture.
 
-    python -m extras.compare fm,pafm,carflow,meanflow,imf,soflow,shortcut --steps 1500 --time logit_normal \\
-           --time_mean 0.8 --time_std 0.8 --sample_every 0 --out runs/compare
+    python -m extras.compare fm,meanflow,ect,afm --init runs/glyphs --out runs/compare      each at its best
+    python -m extras.compare fm,pafm,carflow --steps 1500 --out runs/short                  on equal terms
 
-Each is trained into a folder of --out and scored in 1, 2, 4 and 50 network evaluations. OUT/compare.json
-holds the scores, OUT/compare.png a row of samples for each; what is done is not done again, and what was
-stopped goes on. Flags are those of train.py; one that only some of the objectives have holds for these.
-
-FD-glyphs / accuracy of 1,000 samples by network evaluations, unguided, EMA (1,500 steps of 32 images, one
-run each, one thread of 2 CPU cores, 2026-11-21); the time of a step's loss and gradients in those of fm:
-
-    fm          917 / 0.986    246 / 0.996     94 / 0.993   13.5 / 0.977    1
-    pafm        909 / 0.991    246 / 0.995     92 / 0.990   12.7 / 0.977    1.4
-    carflow    1069 / 0.977    347 / 0.990    137 / 0.984   42.8 / 0.954    1.1
-    meanflow    119 / 0.863     67 / 0.993    136 / 0.992    445 / 0.979    1.7
-      --p 0     185 / 0.847     82 / 0.968    103 / 0.975    290 / 0.958    1.7
-    imf         268 / 0.988     95 / 0.994    146 / 0.994    429 / 0.979    2.9
-    soflow      171 / 0.821     56 / 0.988    101 / 0.993    469 / 0.943    1.1
-    shortcut    195 / 0.977     49 / 0.980     41 / 0.974   46.6 / 0.967    1.2
-    scm         844 / 0.096    692 / 0.096    821 / 0.112   1418 / 0.103    2.2    (its own times, lr 1e-3)
-    ect        1150 / 0.096   1685 / 0.100   1711 / 0.100   1714 / 0.100    1.3    (its own times, lr 1e-3)
+Each is trained into a folder of --out with its own settings, but for the flags given (those of train.py; one
+that only some of the objectives have holds for these), and scored in 1, 2, 4 and 25 network evaluations.
+OUT/compare.json holds the scores, OUT/compare.md the table, OUT/compare.png a row of samples for each; what
+is done is not done again, and what was stopped goes on. fm is not trained again where --init is given: its
+row is that flow. Results: extras/README.md.
 """
 import dataclasses
 import json
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -36,7 +25,7 @@ import train
 from extras.benchmark import in_turn
 from extras.benchmark_roles import role_steps
 
-EVALUATIONS = 1, 2, 4, 50
+EVALUATIONS = 1, 2, 4, 25
 
 
 def read_flags(names: list[str], argv: list[str]) -> dict:
@@ -60,27 +49,39 @@ def settings_of(name: str, given: dict, out: Path) -> train.Config:
 
 def compare(names: list[str], given: dict) -> None:
     """Train and score every objective; what is done stays in compare.json and is not done again."""
-    out, score = Path(given.get("out", "runs/compare")), given.get("score", 1000)
-    table = json.loads((out / "compare.json").read_text()) if (out / "compare.json").exists() else {}
-    rows = []
+    out = Path(given.get("out", "runs/compare"))
+    done, rows = json.loads((out / "compare.json").read_text()) if (out / "compare.json").exists() else {}, []
     for name in names:
-        cfg, last = settings_of(name, given, out), out / name / "last.pt"
-        if not last.exists() or model.read_checkpoint(last)["step"] < cfg.steps:
-            if not train.train(dataclasses.replace(cfg, resume=last.exists())):
+        cfg, record = settings_of(name, given, out), done.setdefault(name, {"seconds": 0.0, "scores": {}})
+        last = sample.find_checkpoint(cfg.init) if name == "fm" and cfg.init else out / name / "last.pt"
+        if not last.exists() or last.parent == out / name and model.read_checkpoint(last)["step"] < cfg.steps:
+            began = time.process_time()
+            ended = train.train(dataclasses.replace(cfg, resume=last.exists()))
+            record["seconds"] += time.process_time() - began
+            write(done, out)
+            if ended is None:
                 return  # a signal
         ema = model.load(last).to(data.start_processes(cfg.device))
         for steps in EVALUATIONS:
-            options = train.sampling(dataclasses.replace(cfg, sample_steps=steps, solver="euler"), 1.0)
+            options = train.sampling(dataclasses.replace(cfg, sample_steps=steps), 1.0)
             possible = options["steps"] == steps
-            if possible and str(steps) not in table.setdefault(name, {}):
-                judge = dataclasses.replace(cfg, score=score)
-                table[name][str(steps)] = train.score_samples(ema, judge, options, f"{name}, {steps}")
+            if possible and str(steps) not in record["scores"]:
+                judge = dataclasses.replace(cfg, score=given.get("score", 1000))
+                record["scores"][str(steps)] = train.score_samples(ema, judge, options, f"{name}, {steps}",
+                                                                   "fid,recall")
+                write(done, out)
             if data.rank() == 0:
-                (out / "compare.json").write_text(json.dumps(table, indent=2) + "\n")
                 rows.append(strip(ema, cfg.seed, options) if possible else None)
     if data.rank() == 0:
         draw(names, rows, out / "compare.png")
-        print_comparison(names, table, settings_of(names[0], given, out), score)
+        (out / "compare.md").write_text(table := as_table(names, done, settings_of(names[0], given, out)))
+        print(f"\n{table}wrote compare.json, compare.md and compare.png in {out}")
+
+
+def write(done: dict, out: Path) -> None:
+    if data.rank() == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "compare.json").write_text(json.dumps(done, indent=2) + "\n")
 
 
 def strip(ema: model.DiT, seed: int, options: dict, n: int = 10) -> torch.Tensor:
@@ -97,22 +98,25 @@ def draw(names: list[str], rows: list, path: Path) -> None:
     data.grid(strips, len(EVALUATIONS), captions).save(path)
 
 
-def print_comparison(names: list[str], table: dict, cfg: train.Config, score: int) -> None:
+def as_table(names: list[str], done: dict, cfg: train.Config) -> str:
+    """Markdown: FD-glyphs / accuracy / recall by evaluations, seconds, time of a step of all roles."""
     device = data.start_processes(cfg.device)
     source = data.dataset(cfg.data, cfg.size or None)
     network = dict(model=cfg.model, net=cfg.net, predict=cfg.predict)
     steps = role_steps(dict.fromkeys(["fm", *names]), source, device, cfg.batch, **network)
     times = in_turn(steps, 3, device.type)
-    print(f"\n{cfg.steps} steps of {cfg.batch} images, {score} samples, unguided, EMA: FD-glyphs / accuracy\n"
-          f"by network evaluations; time of loss and gradients of all roles, in flow-matching steps")
-    print(f"{'objective':>12}" + "".join(f"{n:>18}" for n in EVALUATIONS) + f"{'time':>8}")
+    lines = [f"| FD-glyphs / accuracy / recall in | {' | '.join(map(str, EVALUATIONS))} | CPU s | step |",
+             "|---" * (len(EVALUATIONS) + 3) + "|"]
     for name in names:
-        scores = [table[name].get(str(n)) for n in EVALUATIONS]
-        cells = [f"{s['fd_glyphs']:>11.2f} /{s['accuracy']:>5.3f}" if s else f"{'-':>18}" for s in scores]
-        own = {label.split()[1]: t for label, t in times.items() if label.split()[0] == name}  # of each role
-        print(f"{name:>12}" + "".join(cells) + f"{sum(own.values()) / times['fm G']:>7.2f}x")
-    floor = next(iter(table[names[0]].values()))["floor"]
-    print(f"floor {floor:.2f}; wrote compare.json and compare.png in {Path(cfg.out).parent}")
+        scores = [done[name]["scores"].get(str(n)) for n in EVALUATIONS]
+        cells = [f"{s['fd_glyphs']:.1f} / {s['accuracy']:.3f} / {s['recall_glyphs']:.2f}" if s else ""
+                 for s in scores]
+        own = sum(t for label, t in times.items() if label.split()[0] == name) / times["fm G"]
+        lines.append(f"| {name} | {' | '.join(cells)} | {done[name]['seconds']:.0f} | {own:.1f} |")
+    score = next(iter(done[names[0]]["scores"].values()))
+    lines += ["", f"{score['n']} samples, unguided, EMA; floor {score['floor']:.2f}; step: loss and "
+                  "gradients of all roles, in those of fm", ""]
+    return "\n".join(lines)
 
 
 def main(argv: list[str] | None = None) -> None:

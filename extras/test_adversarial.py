@@ -804,17 +804,20 @@ def test_compare(tmp_path, capsys, monkeypatch):
              f"--steps").split()
     compare.main([*flags, "2"])
     table = json.loads((tmp_path / "compare.json").read_text())
-    columns = {name: list(row) for name, row in table.items()}
+    columns = {name: list(row["scores"]) for name, row in table.items()}
     assert columns == {"fm": ["1", "3"], "afm": ["1"], "carflow": ["1", "3"]}
-    scores = [score for row in table.values() for score in row.values()]
+    scores = [score for row in table.values() for score in row["scores"].values()]
     assert all(score["n"] == 20 and score["fd_glyphs"] > score["floor"] for score in scores)
+    assert all(0 <= score["recall_glyphs"] <= 1 for score in scores)
+    assert all(row["seconds"] > 0.01 for row in table.values())
     config = {name: checkpoint(tmp_path / name)["config"] for name in ("fm", "afm")}
-    assert table["fm"]["1"] != table["fm"]["3"]
+    assert table["fm"]["scores"]["1"] != table["fm"]["scores"]["3"]
     assert config["afm"]["beta1"] == 0 and config["fm"]["beta1"] == 0.9
-    assert config["afm"]["d_lr"] == 3e-4 and config["afm"]["lr"] == 5e-4 and config["fm"]["lr"] == 4e-3
+    assert config["afm"]["d_lr"] == 3e-4 and config["afm"]["lr"] == 1e-4 and config["fm"]["lr"] == 4e-3
     out = capsys.readouterr().out
-    assert re.search(r"fm +[\d.]+ / *[\d.]+ +[\d.]+ / *[\d.]+.*1.00x", out)
-    assert re.search(r"afm +[\d.]+ /.* - .*x", out)
+    assert re.search(r"\| fm \| [\d.]+ / [\d.]+ / [\d.]+ \| [\d.]+ / [\d.]+ / [\d.]+ \| \d+ \| 1.0 \|", out)
+    assert re.search(r"\| afm \| [\d.]+ / [\d.]+ / [\d.]+ \|  \| \d+ \| [\d.]+ \|", out)
+    assert (tmp_path / "compare.md").read_text() in out
     picture = Image.open(tmp_path / "compare.png")
     assert picture.size == (2 * 322 + 2, 3 * 48 + 2)
     row = np.asarray(picture)[50:80]
@@ -824,14 +827,17 @@ def test_compare(tmp_path, capsys, monkeypatch):
     assert before == {p: p.stat().st_mtime_ns for p in tmp_path.glob("*/last.pt")}
     shutil.rmtree(tmp_path / "carflow")
     compare.main([*flags, "2"])
-    assert json.loads((tmp_path / "compare.json").read_text()) == table
+    again = json.loads((tmp_path / "compare.json").read_text())
+    assert again["fm"] == table["fm"] and again["carflow"]["scores"] == table["carflow"]["scores"]
     compare.main([*flags, "3"])
     assert checkpoint(tmp_path / "fm")["step"] == 3
+    compare.main([*flags, "2", "--init", str(tmp_path / "fm"), "--out", str(tmp_path / "from")])
+    assert not (tmp_path / "from/fm").exists() and (tmp_path / "from/afm/last.pt").exists()
     raises(lambda: compare.main(["fm,nothing", "--out", str(tmp_path)]), "nothing", "afm")
     raises(lambda: compare.main(["classifier", "--out", str(tmp_path)]), "classifier", "no images")
     raises(lambda: compare.main(["fm", "--cons", "1"]), "--cons")
     compare.main([])
-    assert "equal terms" in capsys.readouterr().out
+    assert "side by side" in capsys.readouterr().out
 
 
 # ---- Runs: resumed, on two processes, sharded ----
