@@ -409,7 +409,7 @@ def real_glyphs(net: GlyphNet, n: int, size: int, needs: list) -> tuple[ImageSet
 def score_glyphs(images: Tensor, labels: Tensor | None = None, metrics: str = "fid") -> dict:
     """dict(fd_glyphs, floor, accuracy, n) of generated glyphs (N, 3, s, s), uint8, with labels (N,) if known.
 
-    metrics: more of them, as "fid,recall", add their values under their names.
+    metrics: more of them, as "fid,NAME", add their values under their names.
     Under torch.distributed each process passes a share of any size, and all get the score of all n.
     """
     net = glyph_net().to(images.device)

@@ -571,8 +571,8 @@ def warn_of_sameness(fake: list, labels: Tensor, source: data.Dataset) -> None:
         deviations.append(sum(x.std(0).mean() for x in own if len(x) > 1))
     if len(deviations) == 2 and deviations[0] < deviations[1] / 2:  # on process 0, which has the samples
         share = deviations[0] / deviations[1]
-        data.note(f"samples of a class deviate {share:.2f} times as much as the data: the generator forgets its "
-                  "noise; try a lower --lr than --d_lr, or more transport cost (--ot)")
+        data.note(f"samples of a class deviate {share:.2f} times as much as the data: the generator forgets "
+                  "its noise; try a lower --lr than --d_lr, or more transport cost (--ot)")
 
 
 def check(cfg: Config) -> None:
