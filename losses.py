@@ -249,10 +249,10 @@ def flow_map(cfg) -> dict:
 JUMP_OR_FLOW = "jump or flow"  # the draw that decides it
 JUMPS = dict(jumps=option(0.25, "share of samples that learn a jump; others learn the velocity"),
              jump_time=option("uniform", "times of jumps' ends, of those for --time; empty: the same"),
-             p=option(0.0, "a sample's loss l is divided by (l + c)^p, detached; 0: least squares"))
+             p=option(1.0, "a sample's loss l is divided by (l + c)^p, detached; 0: least squares"))
 FROM_FLOW = dict(steps=3000, lr=1e-3, sample_steps=1)
 FROM_SCRATCH = dict(steps=4000, lr=4e-3)
-JUMP_POINTS = dict(steps=2500, ema=0.99, jumps=0.5)
+JUMP_POINTS = dict(steps=2500, ema=0.99, p=0.0, jumps=0.5)
 
 register("meanflow", meanflow, flags=JUMPS, defaults=FROM_FLOW, scratch=FROM_SCRATCH, sampling=flow_map,
          check=lambda cfg: check_jumps(cfg), network=lambda cfg, source: dict(times=2), points=JUMP_POINTS)

@@ -471,7 +471,7 @@ def test_afm_more_runs(tmp_path, capsys):
     assert deep["G"]["repeats"] == 3 and deep["D"]["parts"] == []
     assert deep["D"]["times"] == 0 and deep["D"]["norm"] == "layer"
     assert model.load(tmp_path / "deep/last.pt").repeats == 3
-    cfg = tiny_run("", "afm_more", lr=0.3, repeats=3, warmup=0)
+    cfg = tiny_run("", "afm_more", lr=0.3, d_lr=0.0, repeats=3, warmup=0)
     assert train.learning_rate(5, cfg) == 0.3 / 3 and train.learning_rate(5, cfg, "D") == 0.3
     raises(lambda: run("deep", repeats=2, steps=3, resume=True), "--repeats 3")
     run("flow", "fm", predict="v")
@@ -661,7 +661,7 @@ def test_search_command(tmp_path, capsys):
     """The best of three noises pleases the classifier more than the first; a stitched run says so; what
     cannot be is refused."""
     for name, loss in (("any", "afm"), ("judge", "classifier"), ("small", "fm"), ("large", "fm")):
-        train.train(tiny_run(tmp_path / name, loss, steps=2, **dict(nfe=0) if loss == "afm" else {}))
+        train.train(tiny_run(tmp_path / name, loss, steps=2, **dict(nfe=0, lr=0.1) if loss == "afm" else {}))
     capsys.readouterr()
     judge, anyone = str(tmp_path / "judge"), str(tmp_path / "any")
     flags = [anyone, "--steps", "1", "--n", "6", "--device", "cpu"]
@@ -844,7 +844,7 @@ def test_compare(tmp_path, capsys, monkeypatch):
 
 OWN = {  # settings with which each role soon gets a step
     "cat": dict(augment=0.5, beta1=0.0, lr=1e-3), "classifier": dict(augment=0.4),
-    "afm_more": dict(repeats=2, augment=0.4, ot=0.1, ot_end=0.1),
+    "afm_more": dict(repeats=2, augment=0.4, ot=0.1, ot_end=0.1, lr=5e-4),
     "pafm": dict(candidates=3, bank=8), "carflow": {},
     "meanflow_guided": dict(jumps=0.5, omega=0.8, kappa=0.4, time_mean=-0.4, time_std=1.0),
     "imf": dict(jumps=0.5, time_mean=-0.4), "soflow": dict(jumps=0.5, kappa=0.5), "scm": {},

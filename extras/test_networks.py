@@ -151,7 +151,7 @@ def test_jit_trains_end_to_end(tmp_path, monkeypatch, capsys):
     images, first = str(tmp_path / "images"), str(tmp_path / "fm")
     monkeypatch.setitem(model.ZOO, "JiT-S/16", SMALL_JIT)
     source = dict(data=images, model="JiT-S/16", workers=0, batch=4)
-    for loss, own in (("fm", {}), ("meanflow", {}), ("cafm", dict(d_warmup=1, lr=1e-9))):
+    for loss, own in (("fm", {}), ("meanflow", {}), ("cafm", dict(d_warmup=1, lr=1e-9, d_lr=0.0))):
         out = tmp_path / loss
         stop_and_go_on(out, loss=loss, **source, **own, init="" if loss == "fm" else first)
         assert [row["step"] for row in train.read_log(out / "log.jsonl")] == [1, 2, 3, 4]
@@ -746,8 +746,8 @@ def test_official_discriminators(tmp_path):
     D = tiny(model.discriminator, **model.load(tmp_path / "fm/last.pt").config | dict(norm="rms"))
     torch.save(official_names(D), tmp_path / "official.pt")
     with torch.enable_grad():
-        train.train(tiny_run(tmp_path / "cafm", loss="cafm", steps=1, lr=1e-9, init=str(tmp_path / "fm"),
-                             d_init=str(tmp_path / "official.pt")))
+        train.train(tiny_run(tmp_path / "cafm", loss="cafm", steps=1, lr=1e-9, d_lr=0.0,
+                             init=str(tmp_path / "fm"), d_init=str(tmp_path / "official.pt")))
     start = checkpoint(tmp_path / "cafm")["networks"]["D"]["weights"]
     for key, value in D.state_dict().items():
         assert "t_embedder.mlp.0" in key or (start[key] - value).abs().max() < 1e-7, key

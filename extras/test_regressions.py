@@ -356,7 +356,7 @@ def test_guided_velocity_has_its_fixed_point():
     without guidance, above guide_until and under the null label it is E v itself."""
     x, e, y = torch.zeros(8, 1), torch.full((8, 1), 1.5), torch.arange(8) % 2
     null, t = 0.5, torch.full((8,), 0.6)
-    draws = Given(e, time=t, time_of_the_jumps_end=t / 2, jump_or_flow=torch.full((8,), 0.99))
+    draws = Given(e, time=t, jumps_start=t, jumps_end=t / 2, jump_or_flow=torch.full((8,), 0.99))
     for name in ("meanflow_guided", "soflow"):
         objective = losses.find(name)
 
@@ -695,18 +695,20 @@ def test_refusals(tmp_path):
     assert checkpoint(tmp_path / "imf")["networks"]["G"]["config"]["velocity_head"] == 1
 
 
-def test_defaults_are_the_papers():
-    """The settings that each method brings along, and what it asks of the network."""
-    jump_times = dict(time_mean=-0.4, time_std=1.0, sample_steps=1)
+def test_defaults():
+    """The settings that each method brings along, from a flow and from scratch, and what it asks of the
+    network."""
+    from_flow = dict(lr=1e-3, sample_steps=1, jump_time="uniform")
     for loss, settings in (
             ("pafm", dict(candidates=16, bank=256, time_mean=0.8, label_drop=0.1)),
-            ("imf", dict(jumps=0.5, p=1.0, head=1, omega_max=4.0, **jump_times)),
-            ("soflow", dict(jumps=0.25, p=1.0, amp="off", omega=1.0, **jump_times)),
+            ("imf", dict(jumps=0.5, p=1.0, head=1, omega_max=4.0, **from_flow)),
+            ("soflow", dict(jumps=0.25, p=1.0, amp="off", omega=1.0, **from_flow)),
             ("shortcut", dict(jumps=0.125, time="uniform", finest=128, omega=1.0, sample_steps=1)),
             ("scm", dict(lr=1e-3, label_drop=0.0, time_mean=-1.0, time_std=1.4, data_std=0.42)),
             ("meanflow_guided", dict(jumps=0.25, p=1.0, omega=1.0, kappa=0.0, guide_until=1.0))):
-        cfg = train.configure(loss)
+        cfg = train.configure(loss, init="a flow")
         assert {name: getattr(cfg, name) for name in settings} == settings, loss
+        assert train.configure(loss).lr == (1e-3 if loss == "scm" else 4e-3), loss
         times = losses.find(loss).network(cfg, None).get("times", 1)
         assert times == (1 if loss in ("pafm", "scm") else 2), loss
     cfg = train.configure("imf", omega_max=1.0, head=0)
