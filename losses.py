@@ -295,16 +295,6 @@ def boundary(cfg, source) -> dict:
     return dict(t_min=cfg.data_std / (1 + cfg.data_std))
 
 
-def growth_alarm(column: str) -> Callable:
-    """The alarm of a consistency objective, whose targets are its own: this column of the log grows."""
-    def alarm(row: dict, first: dict) -> str:
-        if row[column] < 2 * first[column]:
-            return ""
-        return (f"{column} has doubled, the targets run away: try a lower --lr, a start from a flow "
-                "(--init), and the --data_std of your data")
-    return alarm
-
-
 def consistency_model(cfg) -> dict:
     """Sampling by a network that jumps to the data only: there, and part of the way back by new noise."""
     return dict(solver="renoise", guidance=1.0)
@@ -312,7 +302,8 @@ def consistency_model(cfg) -> dict:
 
 DATA_STD = dict(data_std=option(0.42, "standard deviation of the data's pixels (glyphs: 0.42)"))
 
-register("ect", ect, sampling=consistency_model, network=boundary, alarm=growth_alarm("loss"),
+register("ect", ect, sampling=consistency_model, network=boundary,
+         alarm=lambda row, first: growth_alarm(row, first, "loss"),
          check=lambda cfg: (at_least(cfg, 1, "doublings"), at_least(cfg, 0.001, "data_std")),
          flags=DATA_STD | dict(doublings=option(8, "stages, each with steps half as long as before")),
          defaults=dict(steps=3000, lr=1e-3, label_drop=0.0, time_mean=-1.1, time_std=2.0, sample_steps=1,
@@ -433,21 +424,6 @@ def afm_discriminator(cfg, G) -> nn.Module:
     return model.discriminator(G.config, times=min(1, times_of(cfg.nfe)), norm=norm)
 
 
-def game_alarm(indifferent: float, won: float) -> Callable:
-    """The alarm of a game, by the loss of a D that tells nothing apart, and one below which D has won."""
-    def alarm(row: dict, first: dict) -> str:
-        if row["role"] != "D" or row["step"] == first["step"]:
-            return ""
-        if row["loss"] < won:
-            return ("the discriminator wins: look at the samples, start from a flow (--init), or try a lower "
-                    "--d_lr or fewer of its steps")
-        if abs(row["loss"] - indifferent) < 0.01 and row.get("r1", 0.0) < 1e-3:
-            return ("the discriminator is dead, it tells nothing apart, so nothing is learned: try a higher "
-                    "--d_lr, a lower --lr or times at which there is more to see")
-        return ""
-    return alarm
-
-
 ADVERSARIAL = dict(d_lr=option(2e-3, "learning rate of the discriminator; 0: the same"),
                    d_init=option("", "start the discriminator from that of this run or official file"),
                    cp=option(0.01, "weight of the penalty that centres D's values"),
@@ -458,7 +434,7 @@ AFM = dict(nfe=option(1, "jumps from noise to data; 0: any number, one network f
 GAME_ON_POINTS = dict(batch=256, lr=1e-3, d_lr=1e-3, betas=(0.0, 0.9), decay=False)
 
 register("afm", afm_G, afm_D, turn=lambda step, cfg: "DG"[step % 2], flags=AFM,
-         alarm=game_alarm(indifferent=math.log(2), won=0.05),
+         alarm=lambda row, first: game_alarm(row, first, indifferent=math.log(2), won=0.05),
          defaults=dict(steps=2400, lr=1e-4, decay="constant", beta1=0.0, beta2=0.9, weight_decay=0.01,
                        clip=0.0, ema=0.99, label_drop=0.0), scratch={},
          check=lambda cfg: check_afm(cfg), discriminator=afm_discriminator,
@@ -520,14 +496,36 @@ CAFM = dict(d_warmup=option(600, "steps of the discriminator alone before the ge
 CAFM |= {name: option(value, ADVERSARIAL[name].metadata["help"])
          for name, value in (("d_lr", 5e-4), ("cp", 0.001), ("ot", 0.0), ("ot_end", 0.0))}
 
-register("cafm", cafm_G, cafm_D, turn=cafm_turn, flags=CAFM, alarm=game_alarm(indifferent=2.0, won=0.2),
+register("cafm", cafm_G, cafm_D, turn=cafm_turn, flags=CAFM,
+         alarm=lambda row, first: game_alarm(row, first, indifferent=2.0, won=0.2),
          scratch=dict(lr=5e-4), defaults=dict(
              steps=3300, lr=3e-5, beta1=0.0, beta2=0.95, ema=0.99, time_mean=-0.2, time_std=1.0),
          check=lambda cfg: at_least(cfg, 1, "d_steps"), discriminator=cafm_discriminator,
          points=GAME_ON_POINTS | dict(steps=2400, ema=0.95, d_warmup=0))
 
 
-# ---- 5. Guards: settings that are refused ----
+# ---- 5. Guards: alarms, and settings that are refused ----
+
+
+def game_alarm(row: dict, first: dict, indifferent: float, won: float) -> str:
+    """What goes wrong in a game: its D has a loss as if it told nothing apart, or below which it has won."""
+    if row["role"] != "D" or row["step"] == first["step"]:
+        return ""
+    if row["loss"] < won:
+        return ("the discriminator wins: look at the samples, start from a flow (--init), or try a lower "
+                "--d_lr or fewer of its steps")
+    if abs(row["loss"] - indifferent) < 0.01 and row.get("r1", 0.0) < 1e-3:
+        return ("the discriminator is dead, it tells nothing apart, so nothing is learned: try a higher "
+                "--d_lr, a lower --lr or times at which there is more to see")
+    return ""
+
+
+def growth_alarm(row: dict, first: dict, column: str) -> str:
+    """What goes wrong where targets are the network's own: this column grows."""
+    if row[column] < 2 * first[column]:
+        return ""
+    return (f"{column} has doubled, the targets run away: try a lower --lr, a start from a flow (--init), "
+            "and the --data_std of your data")
 
 
 def at_least(cfg, lowest: float, *names: str) -> None:

@@ -147,7 +147,7 @@ FLAGS = dict(stages=option(3, "stages of the generator, and scales of the discri
              d_init=losses.ADVERSARIAL["d_init"])
 
 losses.register("cat", cat_G, cat_D, turn=lambda step, cfg: "DG"[step % 2],
-                alarm=losses.game_alarm(indifferent=math.log(2), won=0.05),
+                alarm=lambda row, first: losses.game_alarm(row, first, indifferent=math.log(2), won=0.05),
                 flags=FLAGS | flag(0.0), network=network, inputs=inputs, check=check,
                 defaults=dict(beta1=0.0, beta2=0.99, label_drop=0.0, decay="constant", lr=4e-4),
                 discriminator=lambda cfg, G: scale_discriminator(G.config),
