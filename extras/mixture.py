@@ -183,11 +183,16 @@ def command(argv: list[str] | None, about: str, out: str, runs: typing.Callable,
 
 
 def named(cfg) -> dict:
-    """The runs that --losses names."""
+    """The runs that --losses names; where the prediction matters, with networks of v and of x."""
     names = cfg.losses.split(",") if cfg.losses else ["fm", "meanflow", "ect", "afm", "cafm"]
     if without := [name for name in names if not losses.find(name).points]:
         raise ValueError(f"--losses {without[0]}: needs images, points are not enough")
-    return {name: {} for name in names}
+    runs = {}
+    for name in names:
+        runs[name] = {}
+        if "t_min" in losses.find(name).network(point_settings(name), None):
+            runs[f"{name}, of x"] = dict(predict="x")
+    return runs
 
 
 def main(argv: list[str] | None = None) -> None:
