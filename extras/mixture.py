@@ -187,12 +187,8 @@ def named(cfg) -> dict:
     names = cfg.losses.split(",") if cfg.losses else ["fm", "meanflow", "ect", "afm", "cafm"]
     if without := [name for name in names if not losses.find(name).points]:
         raise ValueError(f"--losses {without[0]}: needs images, points are not enough")
-    runs = {}
-    for name in names:
-        runs[name] = {}
-        if "t_min" in losses.find(name).network(point_settings(name), None):
-            runs[f"{name}, of x"] = dict(predict="x")
-    return runs
+    of_x = [name for name in names if "t_min" in losses.find(name).network(point_settings(name), None)]
+    return dict.fromkeys(names, {}) | {f"{name}, of x": dict(predict="x") for name in of_x}
 
 
 def main(argv: list[str] | None = None) -> None:
