@@ -551,7 +551,8 @@ def test_mixture_run_alone_writes_the_picture(tmp_path, capsys, monkeypatch):
     for module in (pafm, soflow, shortcut, scm, imf, curriculum, controls):
         module.main([*command, module.__name__])
     for out, names in (("pafm", ("fm", "pafm, 4 candidates", "pafm")), ("soflow", ("meanflow", "soflow")),
-                       ("shortcut", ("meanflow", "shortcut")), ("scm", ("ect", "scm")),
+                       ("shortcut", ("meanflow", "shortcut")),
+                       ("scm", ("ect", "scm", "ect, of x", "scm, of x")),
                        ("imf", ("meanflow", "imf")), ("curriculum", ("fm", "fm, curriculum")),
                        ("controls", controls.CONTROLS)):
         assert asked[f"extras.{out}"].keys() == dict.fromkeys(names).keys()
