@@ -499,7 +499,7 @@ CAFM |= {name: option(value, ADVERSARIAL[name].metadata["help"])
 register("cafm", cafm_G, cafm_D, turn=cafm_turn, flags=CAFM,
          alarm=lambda row, first: game_alarm(row, first, indifferent=2.0, won=0.2),
          scratch=dict(lr=5e-4), defaults=dict(
-             steps=3300, lr=3e-5, beta1=0.0, beta2=0.95, ema=0.99, time_mean=-0.2, time_std=1.0),
+             steps=6000, lr=3e-5, beta1=0.0, beta2=0.95, ema=0.99, time_mean=-0.2, time_std=1.0),
          check=lambda cfg: at_least(cfg, 1, "d_steps"), discriminator=cafm_discriminator,
          points=GAME_ON_POINTS | dict(steps=2400, ema=0.95, d_warmup=0))
 
