@@ -326,6 +326,7 @@ def test_shortcut_halves_and_grid():
     their own grid; the other samples are the shortest and learn v; omega guides the shortest halves alone."""
     n, rng = 400, torch.Generator().manual_seed(0)
     u = {name: torch.rand(n, generator=rng, dtype=torch.float64) for name in ("time", "length_of_the_jump")}
+    u["jumps_start"] = u["time"]
     x, e = torch.randn(2, n, 1, generator=rng, dtype=torch.float64)
     y, draws = torch.zeros(n).long(), Given(e, jump_or_flow=torch.full((n,), 0.99), **u)
     flow, cfg = Given(e, jump_or_flow=torch.zeros(n), **u), on_points("shortcut", finest=16)
@@ -704,7 +705,7 @@ def test_defaults():
             ("pafm", dict(candidates=16, bank=256, time_mean=0.8, label_drop=0.1)),
             ("imf", dict(jumps=0.5, p=1.0, head=1, omega_max=4.0, **from_flow)),
             ("soflow", dict(jumps=0.25, p=1.0, amp="off", omega=1.0, **from_flow)),
-            ("shortcut", dict(jumps=0.125, time="uniform", finest=128, omega=1.0, sample_steps=1)),
+            ("shortcut", dict(jumps=0.5, finest=32, omega=1.0, sample_steps=1)),
             ("scm", dict(lr=1e-3, label_drop=0.0, time_mean=-1.0, time_std=1.4, data_std=0.42)),
             ("meanflow_guided", dict(jumps=0.25, p=1.0, omega=1.0, kappa=0.0, guide_until=1.0))):
         cfg = train.configure(loss, init="a flow")
