@@ -326,7 +326,6 @@ def test_shortcut_halves_and_grid():
     their own grid; the other samples are the shortest and learn v; omega guides the shortest halves alone."""
     n, rng = 400, torch.Generator().manual_seed(0)
     u = {name: torch.rand(n, generator=rng, dtype=torch.float64) for name in ("time", "length_of_the_jump")}
-    u["jumps_start"] = u["time"]
     x, e = torch.randn(2, n, 1, generator=rng, dtype=torch.float64)
     y, draws = torch.zeros(n).long(), Given(e, jump_or_flow=torch.full((n,), 0.99), **u)
     flow, cfg = Given(e, jump_or_flow=torch.zeros(n), **u), on_points("shortcut", finest=16)
