@@ -440,7 +440,7 @@ register("afm", afm_G, afm_D, turn=lambda step, cfg: "DG"[step % 2], flags=AFM,
          check=lambda cfg: check_afm(cfg), discriminator=afm_discriminator,
          network=lambda cfg, source: dict(times=times_of(cfg.nfe)),
          sampling=lambda cfg: flow_map(cfg) | (dict(steps=cfg.nfe) if cfg.nfe else {}),
-         points=GAME_ON_POINTS | dict(steps=1500, ema=0.99, gp=0.05, ot_end=0.05))
+         points=GAME_ON_POINTS | dict(steps=1500, ema=0.99, gp=0.05, ot=0.2, ot_end=0.05))
 
 
 def cafm_D(D, x, y, draws, cfg, G):
@@ -501,7 +501,7 @@ register("cafm", cafm_G, cafm_D, turn=cafm_turn, flags=CAFM,
          scratch=dict(lr=5e-4), defaults=dict(
              steps=6000, lr=3e-5, beta1=0.0, beta2=0.95, ema=0.99, time_mean=-0.2, time_std=1.0),
          check=lambda cfg: at_least(cfg, 1, "d_steps"), discriminator=cafm_discriminator,
-         points=GAME_ON_POINTS | dict(steps=2400, ema=0.95, d_warmup=0))
+         points=GAME_ON_POINTS | dict(steps=2400, ema=0.95, d_warmup=0, d_steps=4))
 
 
 # ---- 5. Guards: alarms, and settings that are refused ----

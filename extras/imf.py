@@ -9,12 +9,10 @@ of its own (`VelocityHead`), and the network takes a guidance scale w (`Guidance
     python sample.py runs/imf --n 100 --steps 2 --guidance 3
     python -m extras.imf                                   beside meanflow on the 1-D mixture
 
-1-D mixture, seed 0, W1 in 1, 2, 4 and 50 steps: 0.093, 0.096, 0.045, 0.029 (meanflow: 0.066, 0.086, 0.039,
-0.037); rms to the exact flow map: 0.118, 0.129, 0.083, 0.048 (0.101, 0.126, 0.057, 0.063).
+1-D mixture, seed 0, W1 in 1, 2, 4 and 50 steps: 0.075, 0.077, 0.052, 0.013 (meanflow: 0.083, 0.074, 0.047,
+0.016); rms to the exact flow map: 0.106, 0.114, 0.079, 0.031 (0.116, 0.120, 0.070, 0.039).
 
-glyphs, FD-glyphs / accuracy of 1,000 samples in 1, 2, 4 and 50 steps, 1,500 training steps with fm's rate and
-times: 268 / 0.988, 95 / 0.994, 146 / 0.994, 429 / 0.979 (meanflow: 119 / 0.863, 67 / 0.993, 136 / 0.992,
-445 / 0.979); a step takes 2.9 of fm's time (one run each, one thread of a busy machine, 2026-11-21).
+On glyphs: extras/README.md. A step takes 2.9 of fm's time.
 """
 import copy
 import functools

@@ -10,12 +10,11 @@ learning rate.
     python -m extras.scm                                             beside ect on the 1-D mixture
 
 1-D mixture, seed 0, W1 in 1, 2, 4 and 50 steps: 0.098, 0.078, 0.069, 0.035 (ect: 0.099, 0.080, 0.081, 0.072);
-rms to the exact flow map in one step: 0.161 (0.171).
+rms to the exact flow map in one step: 0.161 (0.171). By networks of x: 0.082, 0.078, 0.058, 0.048 (0.085,
+0.082, 0.076, 0.060), 0.166 (0.178).
 
-glyphs from scratch, FD-glyphs / accuracy of 1,000 samples in 1, 2, 4 and 50 steps, 1,500 training steps:
-844 / 0.096, 692 / 0.096, 821 / 0.112, 1418 / 0.103, so no digits in this time (nor from ect: 1150 / 0.096 in
-one step); a step takes 2.2 of fm's time (one run each, one thread of a busy machine, 2026-11-21). With the
-rate and times of fm it diverges.
+On glyphs: extras/README.md. A step takes 2.2 to 2.5 of fm's time. It needs a flow to start from: from scratch
+it made no digits, and why is not known.
 """
 import sys
 

@@ -11,9 +11,7 @@ learned is Euler's method in `finest` steps. --omega trains guidance into it, at
 1-D mixture, seed 0, W1 in 1, 2, 4 and 50 steps: 0.074, 0.063, 0.038, 0.013 (meanflow: 0.066, 0.086, 0.039,
 0.037); rms to the exact flow map: 0.115, 0.101, 0.077, 0.039 (0.101, 0.126, 0.057, 0.063).
 
-glyphs, FD-glyphs / accuracy of 1,000 samples in 1, 2, 4 and 50 steps, 1,500 training steps with fm's rate and
-times: 195 / 0.977, 49 / 0.980, 41 / 0.974, 46.6 / 0.967 (meanflow: 119 / 0.863, 67 / 0.993, 136 / 0.992,
-445 / 0.979); a step takes 1.2 of fm's time (one run each, one thread of a busy machine, 2026-11-21).
+On glyphs: extras/README.md. A step takes 1.2 of fm's time with an eighth of jumps.
 """
 import math
 import sys

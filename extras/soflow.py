@@ -9,13 +9,10 @@ such quotients, so `--amp off` is the default.
     python sample.py runs/soflow --n 100 --steps 4             sampled in 1 step by default
     python -m extras.soflow                                    beside meanflow on the 1-D mixture
 
-1-D mixture, seed 0, W1 in 1, 2, 4 and 50 steps: 0.080, 0.098, 0.047, 0.032 (meanflow: 0.066, 0.086, 0.039,
-0.037); rms to the exact flow map: 0.110, 0.145, 0.074, 0.057 (0.101, 0.126, 0.057, 0.063).
+1-D mixture, seed 0, W1 in 1, 2, 4 and 50 steps: 0.084, 0.085, 0.047, 0.012 (meanflow: 0.083, 0.074, 0.047,
+0.016); rms to the exact flow map: 0.117, 0.132, 0.076, 0.033 (0.116, 0.120, 0.070, 0.039).
 
-glyphs, FD-glyphs / accuracy of 1,000 samples in 1, 2, 4 and 50 steps, 1,500 training steps with fm's rate and
-times: 171 / 0.821, 56 / 0.988, 101 / 0.993, 469 / 0.943 (meanflow: 119 / 0.863, 67 / 0.993, 136 / 0.992,
-445 / 0.979); a step takes 1.1 of fm's time, meanflow's 1.7 (one run each, one thread of a busy machine,
-2026-11-21). With many steps it gets worse and darker: short jumps are rare in training.
+On glyphs: extras/README.md. A step takes 1.1 of fm's time, meanflow's 1.7.
 """
 import sys
 
