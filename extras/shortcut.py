@@ -35,9 +35,9 @@ def shortcut(net, x: Tensor, y: Tensor, draws: data.Draws, cfg) -> tuple[Tensor,
     target v. omega: see `two_jumps`.
 
     paper: targets by averaged weights, clipped to +-4; here: by the weights themselves, as in the core.
-    paper: uniform times, finest 128, an eighth of jumps; here: the times of fm for jumps as well, and settings
-    with which 3,000 steps are enough. Where jumps have times that velocities hardly have, or a weight that
-    evens out their losses (meanflow's p = 1), the targets run away.
+    paper: uniform times, finest 128, an eighth of jumps; here: the times of fm, for jumps as well, and what
+    3,000 steps are enough for. Where jumps have times that velocities hardly have, or a weight that evens
+    out their losses (meanflow's p = 1), the targets run away.
     """
     jumps = is_jump(draws, cfg)
     level = (draws.uniform("length of the jump") * math.log2(cfg.finest)).floor()
@@ -85,8 +85,8 @@ FLAGS = dict(jumps=option(0.5, "share of samples that learn a jump; the others l
              finest=option(32, "the shortest jumps are 1 / finest long, a power of 2"),
              omega=option(1.0, "guidance scale that the network learns; 1 is none"))
 
-losses.register("shortcut", shortcut, flags=FLAGS, defaults=losses.FROM_FLOW,
-                scratch=losses.FROM_SCRATCH, check=check_shortcut, sampling=losses.flow_map, network=lambda cfg, source: dict(times=2),
+losses.register("shortcut", shortcut, flags=FLAGS, defaults=losses.FROM_FLOW, scratch=losses.FROM_SCRATCH,
+                check=check_shortcut, sampling=losses.flow_map, network=lambda cfg, source: dict(times=2),
                 points=dict(steps=2500, ema=0.99))
 
 
