@@ -187,7 +187,7 @@ def test_data_glyphs_depend_on_the_seed_only(monkeypatch):
     assert torch.equal(x[:1100], data.glyphs(1100)[0]) and not torch.equal(x[:1000], x[1000:])
     assert not torch.equal(x[:100], data.glyphs(100, seed=1)[0])
     assert (x.flatten(2).amax(2).int() - x.flatten(2).amin(2).int()).min() >= 64
-    monkeypatch.setattr(data, "_glyph_set", lambda size, seed: data.glyphs(10, size, seed))
+    monkeypatch.setattr(data, "_glyph_set", lambda n, size, seed: data.glyphs(10, size, seed))
     assert torch.equal(data.dataset("glyphs:1", 64).item(3)[0], data.glyphs(10, 64, 1)[0][3])
 
 
