@@ -182,7 +182,7 @@ class Dataset:
         return torch.stack(items), torch.tensor(labels)
 
     def flip(self, items: Tensor, where: Tensor) -> Tensor:
-        """Items, mirrored where `where` (B,) says so."""
+        """Items, mirrored where `where` (B,)."""
         return torch.where(where[:, None, None, None], items.flip(3), items)
 
     def clean(self, items: Tensor, draws: Draws) -> Tensor:
@@ -285,9 +285,9 @@ READERS = {"glyphs": read_glyphs, "npz": read_npz, "folder": read_folder}  # (pa
 
 
 def dataset(source: str, size: int | None = None) -> Dataset:
-    """The data set at a path, or glyphs, or glyphs:SEED; images cropped to `size`, or None: as they are."""
+    """The data set at a path, glyphs or glyphs:SEED; images cropped to `size`, or as they are."""
     path, absent = Path(source), ""
-    for module in ("", "formats", "latents"):  # of extras/, where the core's readers do not know the path
+    for module in ("", "formats", "latents"):  # of extras/, where the core cannot read it
         if module and not optional(module):
             absent += f"; extras/{module}.py is not there"
         for read in list(READERS.values()):
@@ -319,7 +319,7 @@ def _ignore_signals(_worker: int) -> None:
 
 
 def batches(source: Dataset, index_lists: typing.Iterable[list[int]], workers: int = 0):
-    """Yield (items (b, C, h, w), labels int64 (b,)) for each list of indices; workers -1: 4 for files."""
+    """Yield (items (b, C, h, w), labels int64 (b,)) for lists of indices; workers -1: 4 for files."""
     if workers < 0:
         workers = min(4, os.cpu_count()) if isinstance(source, Files) else 0
     loader = torch.utils.data.DataLoader(  # by a generator of its own: torch's stays as it is

@@ -232,7 +232,7 @@ def from_dataset(source: str, cfg: "Config", role: str) -> ImageSet:
 
 
 def from_run(source: str, cfg: "Config") -> ImageSet:
-    """cfg.num images that a checkpoint generates from cfg.seed."""
+    """cfg.num images of a checkpoint."""
     if not cfg.num:
         raise ValueError(f"{source} is a run: --num says how many images to make")
     path = sample.find_checkpoint(source)
@@ -443,7 +443,7 @@ class Config:
 
 
 def as_text(found: dict) -> str:
-    """The result of `evaluate`, a line for each score."""
+    """The result of `evaluate` in lines."""
     lines = []
     for name, score in found["scores"].items():
         more = [f"{key} {value:,}" if isinstance(value, int) else f"{key} {value:.4g}"
@@ -479,7 +479,7 @@ def check_images(images: Tensor) -> Tensor:
 def check_moments(**moments: Tensor) -> None:
     shapes, d = {name: tuple(value.shape) for name, value in moments.items()}, moments["mu1"].numel()
     if [*shapes.values()] != [(d,), (d, d)] * 2:
-        raise ValueError(f"means and covariances of shapes {shapes} do not compare: other features?")
+        raise ValueError(f"means and covariances {shapes} do not compare: other features?")
     if wrong := [name for name, value in moments.items() if not value.isfinite().all()]:
         raise ValueError(f"{wrong[0]} has non-finite values: the features of that image set overflowed")
 

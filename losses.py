@@ -113,7 +113,7 @@ def interpolate(x: Tensor, e: Tensor, t: Tensor) -> Tensor:
 
 
 def expand_dims(t: Tensor, x: Tensor) -> Tensor:
-    """t (B,) as (B, 1, .., 1), to be multiplied with x (B, ...)."""
+    """t (B,) as (B, 1, .., 1), of as many axes as x."""
     return t.view(-1, *[1] * (x.dim() - 1))
 
 
@@ -136,7 +136,7 @@ def progress(draws, cfg) -> float:
 
 
 def jump(net, x_s: Tensor, s: Tensor, r: Tensor, y: Tensor) -> Tensor:
-    """Where a jump from time s ends at r: x_s - (s - r) u(x_s, s, y, r)."""
+    """Where a jump from s to r ends: x_s - (s - r) u(x_s, s, y, r)."""
     return x_s - expand_dims(s - r, x_s) * net(x_s, s, y, r)
 
 
@@ -530,7 +530,7 @@ def check_jumps(cfg) -> None:
 def check_afm(cfg) -> None:
     at_least(cfg, 0, "nfe")
     if cfg.accumulation > 1:
-        raise ValueError(f"--accumulation {cfg.accumulation}: {cfg.loss} normalises a whole batch's gradient: "
+        raise ValueError(f"--accumulation {cfg.accumulation}: {cfg.loss} normalises the gradient of a batch: "
                          "use --accumulation 1, a smaller --batch or more processes")
 
 

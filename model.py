@@ -98,7 +98,7 @@ class DiT(nn.Module):
         return self.blocks[k](x, c)
 
     def draw(self, x: Tensor, c: Tensor) -> Tensor:
-        """The image (B, C, h, w) that the last layer makes of the tokens."""
+        """The image (B, C, h, w) of the tokens."""
         return self.unpatchify(self.final_layer(x, c))[:, :self.channels]
 
     def unpatchify(self, tokens: Tensor) -> Tensor:
@@ -346,8 +346,8 @@ def clean_velocity(x: Tensor, x_t: Tensor, t: Tensor, t_min: float) -> Tensor:
 class Discriminator(nn.Module):
     """A number D(x_t, t, y) for each sample: a transformer with one more token, which is read out.
 
-    As in CAFM (arXiv:2604.11521, official code): no position for the token, and no adaLN-zero behind it, whose
-    zeros would never give D a gradient. A trunk with extra tokens is read out of their first.
+    As in CAFM (arXiv:2604.11521, official code): no position for the token, and no adaLN-zero behind it,
+    whose zeros would give D no gradient. A trunk with extra tokens is read out of their first.
     """
 
     def __init__(self, trunk: DiT):
@@ -375,7 +375,7 @@ class Discriminator(nn.Module):
 
 
 def discriminator(config: dict, **changes) -> Discriminator:
-    """A fresh discriminator like a generator with this config, without generator_only parts."""
+    """A fresh discriminator like a generator of this config, without generator_only parts."""
     parts = [name for name in config.get("parts", []) if not part(name).generator_only]
     return Discriminator(build({**config, "parts": parts, **changes}, ignore_unknown=True))
 

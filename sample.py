@@ -126,7 +126,7 @@ def labels_for(n: int, num_classes: int, classes: list[int] | None = None) -> Te
 
 @torch.no_grad()
 def generate(net, labels: Tensor, seed: int, batch=250, progress="", codec=None, noise=None, **options):
-    """Yield (indices, uint8 images (b, 3, h, w)) of this process's share of len(labels) samples."""
+    """Yield (indices, uint8 images (b, 3, h, w)) of this process's share of the samples."""
     device = next(net.parameters()).device
     image_shape(net, codec)  # or an error
     with tqdm(total=len(labels), desc=progress, unit="img", disable=not progress or data.rank() > 0) as bar:

@@ -97,14 +97,13 @@ def config_class(loss: str) -> type:
 
 
 def configure(loss: str = "fm", **settings) -> Config:
-    """The objective's defaults, changed by `settings`."""
+    """An objective's defaults, changed."""
     return config_class(loss)(**usual(loss, settings.get("init")) | settings | dict(loss=loss))
 
 
 def usual(loss: str, init: str | None) -> dict:
     """Settings in which the objective differs from fm, from a flow (--init) or from scratch."""
-    objective = losses.find(loss)
-    return objective.defaults | ({} if init else objective.scratch or {})
+    return losses.find(loss).defaults | (not init and losses.find(loss).scratch or {})
 
 
 def learning_rate(step: int, cfg: Config, role: str = "G") -> float:
@@ -204,7 +203,7 @@ class Loss(nn.Module):
 
 
 class Replicated:
-    """Each process holds everything; DDP averages gradients."""
+    """Each process holds all; DDP averages gradients."""
 
     def prepare(self, nets: dict, ema: nn.Module, cfg: Config) -> None:
         """Change networks before they have optimizers."""
@@ -245,7 +244,7 @@ def micro_batch(cfg: Config) -> int:
 
 
 def positions_from(step: int, cfg: Config):
-    """The positions in each micro-batch of this process from `step` on."""
+    """The positions in this process's micro-batches from `step` on."""
     size = micro_batch(cfg)
     for start in range(step * cfg.batch + data.rank() * size, cfg.steps * cfg.batch, data.world() * size):
         yield list(range(start, start + size))
@@ -423,9 +422,9 @@ def write_grid(ema: nn.Module, cfg: Config, path: Path, codec, source: data.Data
     """A guided grid of a fixed noise: a column for each of up to ten classes, or ten of one."""
     if not losses.find(cfg.loss).draws_images or ema.shape[0] != 3 and codec is None:
         return
-    classes = list(range(min(10, ema.num_classes)))
-    columns = len(classes) if len(classes) > 1 else 10
-    labels = sample.labels_for(4 * columns, ema.num_classes, classes)
+    shown = min(10, ema.num_classes)
+    columns = shown if shown > 1 else 10
+    labels = sample.labels_for(4 * columns, shown)
     options = sampling(cfg, cfg.guidance if ema.null_class else 1.0)
     fake = list(sample.generate(ema, labels, cfg.seed, len(labels), codec=codec, **options))
     if losses.find(cfg.loss).D and source.shape[0] == 3:
@@ -491,9 +490,8 @@ def finish(ema: nn.Module, cfg: Config, seconds: float, codec, source: data.Data
 def read_settings(argv: list[str] | None, **defaults) -> Config:
     """The settings of a command line; with --resume, the run's, changed by flags given now."""
     given = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    given.add_argument("--loss", default="")
-    given.add_argument("--out", default=defaults.get("out", Config.out))
-    given.add_argument("--init", default="")
+    for name, default in dict(loss="", init="", out=defaults.get("out", Config.out)).items():
+        given.add_argument(f"--{name}", default=default)
     given.add_argument("--resume", action="store_true")
     asked, _ = given.parse_known_args(argv)
     last = Path(asked.out) / "last.pt"
@@ -540,7 +538,7 @@ class StopSignal:
             raise KeyboardInterrupt
 
     def on_any_process(self) -> bool:
-        """Whether any process was asked: all leave together."""
+        """Whether any process was asked."""
         asked = torch.tensor([float(self.asked > 0)])
         if dist.is_initialized():
             dist.all_reduce(asked)
