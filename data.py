@@ -99,7 +99,7 @@ def grid(images: Tensor, columns: int = 0, captions: list[str] | None = None) ->
 
 
 def decode(file, name: str, size: int | None) -> Tensor:
-    """An image file -> RGB uint8 (3, size, size): turned as EXIF says, laid over white, cropped."""
+    """An image file -> RGB uint8 (3, size, size): EXIF's turn, laid over white, cropped."""
     try:
         with Image.open(file) as image:
             image = ImageOps.exif_transpose(image)
@@ -148,8 +148,7 @@ def _pose(n: int, rng: torch.Generator) -> Tensor:
 def glyphs(n: int, size: int = 32, seed: int = 0) -> tuple[Tensor, Tensor]:
     """n images of the digits 0-9: uint8 (n, 3, size, size), and labels int64 (n,), label i = i % 10.
 
-    A prefix of any longer draw; Pillow (its font) and torch may change low bits. Its scores are no FIDs.
-    """
+    A prefix of any longer draw; Pillow (its font) and torch may change low bits. Its scores are no FIDs."""
     if not features.check("freetype2"):
         raise ValueError("glyphs needs FreeType in Pillow: pip install --upgrade pillow")
     out, labels = torch.empty(n, 3, size, size, dtype=torch.uint8), torch.arange(n) % 10
@@ -394,8 +393,7 @@ def parse(config, argv, description, positional=(), own=(), elsewhere=lambda nam
     """The dataclass `config` from the command line: a flag for each field, of its type and default.
 
     positional: fields without a flag; own: those first in --help; elsewhere(name): where an unknown flag is
-    known, or ""; defaults: in place of the dataclass's.
-    """
+    known, or ""; defaults: in place of the dataclass's."""
     parser = _Parser(usage="python %(prog)s [settings]", description=description, allow_abbrev=False,
                      add_help=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     groups = [parser.add_argument_group(title) for title in ("settings of this objective", "settings")]
@@ -451,7 +449,7 @@ def start_processes(device: str = "auto") -> torch.device:
 
 
 def stop_processes() -> None:
-    """Leave together: a process that others wait for, or that holds a group, may abort."""
+    """Leave together: a process that others wait for may abort."""
     if dist.is_initialized():
         barrier()
         gc.collect()  # DDP sits in reference cycles and keeps its process group alive

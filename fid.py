@@ -39,8 +39,7 @@ from data import option
 def frechet_distance(mu1, cov1, mu2, cov2) -> float:
     """|mu1 - mu2|^2 + tr(cov1 + cov2 - 2 (cov1 cov2)^(1/2))   (arXiv:1706.08500, Eq. 6)
 
-    Means (D,) and covariances (D, D), numpy or torch. Rounding may leave -1e-9 for 0.
-    """
+    Means (D,) and covariances (D, D), numpy or torch. Rounding may leave -1e-9 for 0."""
     mu1, cov1, mu2, cov2 = (torch.as_tensor(a).to("cpu", torch.float64) for a in (mu1, cov1, mu2, cov2))
     check_moments(mu1=mu1, cov1=cov1, mu2=mu2, cov2=cov2)
     root = sqrt_spectrum(cov1, cov2).sum()
@@ -202,7 +201,7 @@ class ImageSet:
 
 
 def open_set(source, net: nn.Module, cfg: "Config", role: str) -> ImageSet:
-    """The image set of any source, or an error before images are measured."""
+    """The image set of any source."""
     if isinstance(source, ImageSet):
         return source
     if not isinstance(source, (str, os.PathLike)):  # batches: each process passes its own share
@@ -219,7 +218,7 @@ def open_set(source, net: nn.Module, cfg: "Config", role: str) -> ImageSet:
 
 
 def from_dataset(source: str, cfg: "Config", role: str) -> ImageSet:
-    """All images of what `data.dataset` reads, or cfg.subset of them."""
+    """What `data.dataset` reads, or cfg.subset images of it."""
     images = data.dataset(source, cfg.size or None)
     check_count(source, len(images), cfg.num if role == "generated" else 0)
     order = torch.randperm(len(images), generator=data.generator("subset", cfg.seed))
@@ -353,8 +352,7 @@ def evaluate(generated, reference="", net: nn.Module | None = None, **options) -
     """The scores of an image set against a reference, with their protocol, as a dict of plain values.
 
     options: fields of `Config`. net: other features, with extract, widths, label, resize and suffix as
-    GlyphNet has; on GlyphNet "glyphs" stands for as many held-out real ones.
-    """
+    GlyphNet has; on GlyphNet "glyphs" stands for as many held-out real ones."""
     cfg = Config(**options)
     losses.at_least(cfg, 1, "batch")
     losses.at_least(cfg, 0, "num", "subset", "size")

@@ -26,8 +26,8 @@ are files of extras/, and `--loss FILE.py:NAME` is one of yours.
 
 `python losses.py` trains each on a 1-D mixture whose flow is known: errors and a picture.
 """
-import importlib.util
 import math
+import runpy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Callable
@@ -80,12 +80,10 @@ def find(name: str) -> Objective:
     if path.endswith(".py") and name not in LOSSES:
         if not Path(path).is_file():
             raise ValueError(f"--loss {name}: there is no file {path}")
-        spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        if function not in LOSSES and not callable(getattr(module, function, None)):
+        own = runpy.run_path(path)
+        if function not in LOSSES and not callable(own.get(function)):
             raise ValueError(f"--loss {name}: {path} has no function {function}")
-        LOSSES[name] = LOSSES.get(function) or Objective(name, getattr(module, function))
+        LOSSES[name] = LOSSES.get(function) or Objective(name, own[function])
     return data.lookup(LOSSES, name, "--loss")
 
 
@@ -157,8 +155,7 @@ def masked_call(rows: Tensor, call: Callable, *inputs: Tensor) -> Tensor:
 def fm(net, x, y, draws, cfg):
     """Flow matching: E |v_net(x_t, t, y) - (e - x)|^2 (arXiv:2210.02747, Eq. 23; SiT, arXiv:2401.08740).
 
-    paper: time runs from noise to data, with least noise sigma_min; here: from data to noise, with none.
-    """
+    paper: time runs from noise to data, with least noise sigma_min; here: from data to noise, with none."""
     t = sample_times(draws, cfg)
 
     e = draws.normal("noise", x.shape[1:])
@@ -179,8 +176,7 @@ def meanflow(net, x, y, draws, cfg, guide=None):
     The average velocity u = 1 / (t - r) int_r^t v has this target, as d/dt of (t - r) u = int_r^t v shows;
     du/dt = (v . grad_x) u + partial u / partial t at fixed r. The loss tells little: look at the logged
     `flow`, |u(x_t, t, t) - v|^2. guide: a function that changes v, for guidance in training. paper: sums over
-    pixels, c = 0.01; here: means, c to match.
-    """
+    pixels, c = 0.01; here: means, c to match."""
     t, r = two_times(draws, cfg)
 
     e = draws.normal("noise", x.shape[1:])
@@ -199,8 +195,7 @@ def is_jump(draws, cfg) -> Tensor:
     """Whether a sample learns a jump (B,), as a share `jumps` does; the others, r = t, learn the velocity.
 
     paper: in its code the first rows of a batch have r = t, and the very first the null label, so that no
-    jump is learned without a label; here: a draw replaces the row, for `drop_labels` as well.
-    """
+    jump is learned without a label; here: a draw replaces the row, for `drop_labels` as well."""
     return draws.uniform(JUMP_OR_FLOW) >= 1 - cfg.jumps
 
 
@@ -208,8 +203,7 @@ def two_times(draws, cfg) -> tuple[Tensor, Tensor]:
     """The times (t, r) of a jump, the larger and the smaller of two draws, or r = t from `sample_times`.
 
     paper: in its code velocities, too, have the larger of two draws; here: one, or those near the data would
-    not be learned, and jumps may have their own distribution, `jump_time`.
-    """
+    not be learned, and jumps may have their own distribution, `jump_time`."""
     draw = data.lookup(TIMES, cfg.jump_time or cfg.time, "--jump_time")
     one, other = (draw(draws.uniform(purpose), draws, cfg) for purpose in ("jump's start", "jump's end"))
     jumps, t = is_jump(draws, cfg), sample_times(draws, cfg)
@@ -256,8 +250,7 @@ def ect(net, x, y, draws, cfg):
 
     paper: EDM's noise levels s and inputs x + s e, sums over pixels; here: s = t / (1 - t), x_t is that
     input over 1 + s, so its log-normal s are our logit-normal t, and means over pixels, c = 0.00054.
-    f(x, 0) = x, without which nothing ties f to the data: see `boundary`.
-    """
+    f(x, 0) = x, without which nothing ties f to the data: see `boundary`."""
     t = sample_times(draws, cfg)
     s = t / (1 - t)
     k = 1 + min(cfg.doublings - 1, math.floor(cfg.doublings * progress(draws, cfg)))
@@ -279,8 +272,7 @@ def boundary(cfg, source) -> dict:
     """A network that predicts x is to give the jump f(x_t, t) = x_t where t -> 0, as one of v does anyway.
 
     f is x_net for t > t_min and (1 - t / t_min) x_t + (t / t_min) x_net below; at t_min noise is as large as
-    data of deviation sd: t / (1 - t) = sd. paper: the same by c_skip(s), c_out(s) of EDM.
-    """
+    data of deviation sd: t / (1 - t) = sd. paper: the same by c_skip(s), c_out(s) of EDM."""
     return dict(t_min=cfg.data_std / (1 + cfg.data_std))
 
 
@@ -309,8 +301,7 @@ def afm_D(D, x, y, draws, cfg, G):
 
         E softplus(f - d) + gp (R1 + R2) + cp E (d + f)^2,   d = D(x_r, r), f = D(jump to r, r).
 
-    R1, R2: see `flatness`. D never sees where a jump came from, or no generator could satisfy it.
-    """
+    R1, R2: see `flatness`. D never sees where a jump came from, or no generator could satisfy it."""
     s, r = jump_times(draws, cfg)
 
     e = draws.normal("noise", x.shape[1:])
@@ -330,8 +321,7 @@ def afm_G(G, x, y, draws, cfg, D):
     """AFM's generator: E softplus(d - f) + ot E |jump - x_s|^2 / (s - r)   (arXiv:2511.22475, Eq. 16-19)
 
     with |.|^2 a mean over pixels: of all maps to the data, the shortest. `NormaliseGradient` makes `ot` mean
-    the same for every network and size.
-    """
+    the same for every network and size."""
     s, r = jump_times(draws, cfg)
 
     e = draws.normal("noise", x.shape[1:])
@@ -377,8 +367,7 @@ class NormaliseGradient(torch.autograd.Function):
     """Identity; its gradient g is divided by the root of `square` <- 0.9 square + 0.1 |g|^2 numel, in place.
 
     Then the rms of g is 1 / numel, whatever D's scale (AFM, arXiv:2511.22475, Eq. 23, with the root of the
-    official code). `square`: a scalar, 0 at first; |g|^2 is averaged over processes.
-    """
+    official code). `square`: a scalar, 0 at first; |g|^2 is averaged over processes."""
 
     @staticmethod
     def forward(ctx, x, square):
@@ -433,8 +422,7 @@ def cafm_D(D, x, y, draws, cfg, G):
     """CAFM's discriminator: E (J(v) - 1)^2 + E (J(u) + 1)^2 + cp E D^2   (arXiv:2604.11521, official code)
 
     with J(w) = <grad_x D, w> + dD/dt, for the velocities v of the data and u of the generator. J is linear
-    in w, so it learns E[v | x_t] from the random v. cp fixes D's constant.
-    """
+    in w, so it learns E[v | x_t] from the random v. cp fixes D's constant."""
     t = sample_times(draws, cfg)
 
     e = draws.normal("noise", x.shape[1:])
@@ -453,8 +441,7 @@ def cafm_D(D, x, y, draws, cfg, G):
 def cafm_G(G, x, y, draws, cfg, D):
     """CAFM's generator: E (J(u) - 1)^2 + ot E |u|^2   (arXiv:2604.11521, official code)
 
-    with |.|^2 a mean over pixels and D's derivatives detached: the gradient by u is 2 (J(u) - 1) grad_x D.
-    """
+    with |.|^2 a mean over pixels and D's derivatives detached: the gradient by u is 2 (J(u) - 1) grad_x D."""
     t = sample_times(draws, cfg)
 
     e = draws.normal("noise", x.shape[1:])

@@ -34,8 +34,7 @@ class DiT(nn.Module):
 
     times: 0 (a jump from noise to data), 1 (t), or 2 (t and the length t - r of a jump to r). null_class: one
     more label, for guidance. learn_sigma: 2 C output channels, as official files have; the second half is
-    dropped. A fresh last layer gives 0, and blocks are the identity (adaLN-zero). Other networks: see `Part`.
-    """
+    dropped. A fresh last layer gives 0, blocks the identity (adaLN-zero). Other networks: see `Part`."""
     inherited = ("learn_sigma", "null_class")  # settings taken over from a network to start from
     extra_tokens = 0              # tokens that a part puts in front of the image's
     guidance_conditioned = False  # whether forward takes a guidance scale after r
@@ -134,8 +133,7 @@ class DiT(nn.Module):
 
         With two times it is then that function for all r, as jump_embedder's own weights give 0. With fewer
         than `given`, that function at fixed times, whose embeddings join the label table: with none the jump
-        from t = `at` to 0 (1: a generator from noise; 0: a discriminator of images), with one the velocity.
-        """
+        from t = `at` to 0 (1: a generator; 0: a discriminator of images), with one the velocity."""
         left = given.training_only + ("t_embedder.", "jump_embedder.")[self.times:]
         weights = {k: v for k, v in given.state_dict().items() if not k.startswith(left)}
         table, at = "y_embedder.embedding_table.weight", torch.full((1,), 0.0 if self.times else at)
@@ -146,7 +144,7 @@ class DiT(nn.Module):
         return {k: v for k, v in self.state_dict().items() if k.startswith("jump_embedder.")} | weights
 
     def read(self, token: Tensor, x: Tensor, c: Tensor, y: Tensor | None = None) -> Tensor:
-        """(B, 1 + N, W): a token (W,) and behind it x (B, N, W), through all blocks."""
+        """(B, 1 + N, W): a token (W,), then x (B, N, W), through all blocks."""
         return self.trunk(torch.cat([token.expand(len(x), 1, -1).to(x.dtype), x], 1), c, y)
 
     def autocast(self):
@@ -249,7 +247,7 @@ class Mlp(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """Tokens (B, N, W) -> their patches (B, N, P P C), modulated by c (B, W)."""
+    """Tokens (B, N, W) -> patches (B, N, P P C), modulated by c (B, W)."""
 
     def __init__(self, width: int, patch: int, out_channels: int, norm: str = "layer"):
         super().__init__()
@@ -347,8 +345,7 @@ class Discriminator(nn.Module):
     """A number D(x_t, t, y) for each sample: a transformer with one more token, which is read out.
 
     As in CAFM (arXiv:2604.11521, official code): no position for the token, and no adaLN-zero behind it,
-    whose zeros would give D no gradient. A trunk with extra tokens is read out of their first.
-    """
+    whose zeros would give D no gradient. A trunk with extra tokens is read out of their first."""
 
     def __init__(self, trunk: DiT):
         super().__init__()
@@ -406,8 +403,7 @@ def time_derivative(net, x_t: Tensor, t: Tensor, y: Tensor, v: Tensor, *fixed: T
                     backend: str = "plain") -> tuple[Tensor, Tensor]:
     """u = net(x_t, t, y, *fixed), and du/dt = (v . grad_x) u + partial u / partial t along dx_t/dt = v.
 
-    `fixed`: further inputs, as a jump's end r. Both are detached, for targets (arXiv:2505.13447, Eq. 8).
-    """
+    `fixed`: further inputs, as a jump's end r. Both are detached, for targets (arXiv:2505.13447, Eq. 8)."""
     net = bare(net)
     if operators := data.optional("operators"):
         operators.operators(net, x_t, t, y, *fixed)  # refuses what torch gets wrong
@@ -428,8 +424,7 @@ class Part:
     """Base of the mixins of extras/ that override methods of DiT, calling super().
 
     In a config parts=["a.B"] puts class B of extras/a.py in front of DiT. Training adds a part's penalties(),
-    a dict of scalars, to the loss.
-    """
+    a dict of scalars, to the loss."""
     generator_only = False  # whether a discriminator like this generator goes without
     inherited = ()          # settings taken over, with the part, from a network to start from
 
@@ -444,7 +439,7 @@ def part(name: str) -> type:
 
 
 def build(config: dict, ignore_unknown: bool = False) -> DiT:
-    """The network of a config: the arguments of DiT and of the parts that config["parts"] names."""
+    """The network of a config: arguments of DiT and of the parts that config["parts"] names."""
     kinds = [part(name) for name in config.get("parts", [])]
     kind = type("".join(kind.__name__ for kind in kinds) + "DiT", (*kinds, DiT), {})
     known = {name for base in kind.__mro__ if base not in nn.Module.__mro__

@@ -96,8 +96,7 @@ def guided(net, guidance=1.0, interval=(0.0, 1.0)):
         v = v_ref + s (v_net - v_ref)
 
     v_ref: the same network under the null label (arXiv:2207.12598, where s = 1 is none; interval:
-    arXiv:2404.07724). A network conditioned on s gives v in one call. r: the end of a jump.
-    """
+    arXiv:2404.07724). A network conditioned on s gives v in one call. r: the end of a jump."""
     check_guidance(net, guidance, interval)
 
     def velocity(x: Tensor, t: float, y: Tensor, r: float | None = None) -> Tensor:

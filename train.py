@@ -45,7 +45,7 @@ from data import option
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """What every objective shares; `configure` adds an objective's own flags."""
+    """What objectives share; `configure` adds their own flags."""
     loss: str = option("fm", f"the objective: {', '.join(losses.LOSSES)}, of extras/, or FILE.py:NAME")
     model: str = option("glyph-S", "a network that python model.py lists")
     net: str = option("", "changes of it, such as 'depth=6 width=192'")
@@ -455,7 +455,7 @@ def say(text: str) -> None:
 
 
 def report_start(cfg: Config, source: data.Dataset, net: nn.Module, device: torch.device) -> None:
-    """Write config.json, say what is trained, and have GlyphNet before hours of training."""
+    """Write config.json, say what is trained, and make GlyphNet before hours of training."""
     warn_of_start(cfg, source)
     if scored(cfg):
         fid.glyph_net()
@@ -510,8 +510,6 @@ def main(argv: list[str] | None = None, **defaults) -> None:
     cfg = read_settings(argv, **defaults)
     try:
         train(cfg)
-    except FloatingPointError as error:
-        raise ValueError(str(error)) from error
     except KeyboardInterrupt:
         raise ValueError(f"interrupted; --resume goes on from {cfg.out}/last.pt, if any") from None
     data.stop_processes()
@@ -548,8 +546,8 @@ class StopSignal:
 def check_finite(row: dict, step: int, role: str) -> None:
     for name, value in row.items():
         if not math.isfinite(value):
-            raise FloatingPointError(f"step {step}, network {role}: {name} is {value}; last.pt is older and "
-                                     "sound: --resume with a lower --lr or --clip")
+            raise ValueError(f"step {step}, network {role}: {name} is {value}; last.pt is older and sound: "
+                             "--resume with a lower --lr or --clip")
 
 
 def warn_of_sameness(fake: list, labels: Tensor, source: data.Dataset) -> None:
