@@ -492,11 +492,9 @@ def main(argv: list[str] | None = None) -> None:
     grid(images, 10, [ds.classes[k] for k in labels]).save(cfg.out)
     counts = np.bincount(np.asarray(ds.labels), minlength=ds.num_classes)
     print(f"{cfg.source}: {len(ds):,} images of shape {ds.shape}, {ds.num_classes} classes, "
-          f"{counts.min():,} to {counts.max():,} images a class")
+          f"{counts.min():,} to {counts.max():,} images a class; of the first 20:")
     for name, count in zip(ds.classes[:20], counts):
         print(f"  {name:>12} {count:>8,}")
-    if ds.num_classes > 20:
-        print(f"  ... and {ds.num_classes - 20} more")
     print(f"wrote {cfg.out}")
 
 

@@ -255,7 +255,7 @@ def from_run(source: str, cfg: "Config") -> ImageSet:
 
 @torch.no_grad()
 def measure(net: nn.Module, images: ImageSet, needs: list[tuple]) -> ImageSet:
-    """The set, after a pass through the network for what its `parts` lack, shared by the processes."""
+    """The set after a pass through the network for what its `parts` lack; processes share it."""
     device = next(net.parameters()).device
     gathered = {(key, gather): gather(net.widths[key], device, images.n)
                 for key, gather in needs if (key, gather) not in images.parts}
@@ -391,7 +391,7 @@ def evaluate(generated, reference="", net: nn.Module | None = None, **options) -
 
 
 def real_glyphs(net: GlyphNet, n: int, size: int, needs: list) -> tuple[ImageSet, float]:
-    """n held-out glyphs, and the floor: their distance to n others, as a perfect generator's."""
+    """n held-out glyphs, and the floor, their distance to n others, as a perfect generator's."""
     sets = []
     for seed in (1, 2):  # seeds that only measure: generators train on 0, GlyphNet on 3
         images, labels = data.glyphs(n, size, seed)

@@ -342,7 +342,7 @@ def clean_velocity(x: Tensor, x_t: Tensor, t: Tensor, t_min: float) -> Tensor:
 
 
 class Discriminator(nn.Module):
-    """A number D(x_t, t, y) for each sample: a transformer with one more token, which is read out.
+    """A number D(x_t, t, y) for each sample: a transformer with one more token, that is read out.
 
     As in CAFM (arXiv:2604.11521, official code): no position for the token, and no adaLN-zero behind it,
     whose zeros would give D no gradient. A trunk with extra tokens is read out of their first."""

@@ -148,7 +148,7 @@ def image_shape(net, codec=None) -> tuple[int, int, int]:
 
 def describe(steps: int, solver: str, guidance: float, interval=(0.0, 1.0), shift=1.0, rho=1.0,
              conditioned: bool = False) -> str:
-    """How samples were made, in words; conditioned: the network takes the guidance scale."""
+    """How samples were made; conditioned: the network takes the guidance scale."""
     text = f"{solver}, {steps} steps, {2 * steps - 1 if solver == 'heun' else steps} network evaluations"
     if shift != 1 or rho != 1:
         text += f", grid shift {shift:g} rho {rho:g}"
@@ -238,7 +238,7 @@ class Config:
 
 
 def settings(config: type, argv: list[str] | None, description: str) -> Config:
-    """The command line as a `config`, by the run's own way of sampling where it has one."""
+    """The command line as a `config`, by the run's own way of sampling, if any."""
     cfg = data.parse(config, argv, description, ("checkpoint",))
     check_numbers(cfg)
     own, usual = own_settings(find_checkpoint(cfg.checkpoint))

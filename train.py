@@ -309,7 +309,7 @@ def build(cfg: Config, source: data.Dataset, given: model.DiT | None = None) -> 
 
 
 def inherit(net: model.DiT, given: model.DiT, cfg: Config, at: float = 1.0, partly: bool = False) -> None:
-    """Start from the weights of --init; `at`: see `DiT.inherit`."""
+    """Start from --init's weights; `at`: see `DiT.inherit`."""
     weights, own, table = net.inherit(given, at), net.state_dict(), "y_embedder.embedding_table.weight"
     if given.num_classes != net.num_classes:
         weights[table] = own[table]
@@ -419,7 +419,7 @@ def read_log(path: Path) -> list[dict]:
 
 
 def write_grid(ema: nn.Module, cfg: Config, path: Path, codec, source: data.Dataset) -> None:
-    """A guided grid of a fixed noise: a column for each of up to ten classes, or ten of one."""
+    """A guided grid of fixed noise: a column for each of up to ten classes, or ten of one."""
     if not losses.find(cfg.loss).draws_images or ema.shape[0] != 3 and codec is None:
         return
     shown = min(10, ema.num_classes)
@@ -566,7 +566,7 @@ def warn_of_sameness(fake: list, labels: Tensor, source: data.Dataset) -> None:
 
 def warn_of_start(cfg: Config, source: data.Dataset) -> None:
     if source.shape[0] != 3 and not cfg.codec:
-        data.note("no --codec to decode these latents, so no pictures of samples")
+        data.note("no --codec to decode these latents, so no pictures")
     scratch = losses.find(cfg.loss).scratch
     if scratch is not None and not (cfg.init or cfg.resume):
         own = ", ".join(f"{name} {getattr(cfg, name)}" for name in scratch)
