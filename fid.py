@@ -470,7 +470,7 @@ def main(argv: list[str] | None = None, **defaults) -> None:
 def check_images(images: Tensor) -> Tensor:
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
         raise ValueError(f"images of {images.dtype} {tuple(images.shape)}: expected uint8 (N, 3, h, w); "
-                         "convert floats by data.to_uint8, decode latents")
+                         "convert floats in [-1, 1] by data.to_uint8, decode latents")
     return images
 
 

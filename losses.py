@@ -129,7 +129,7 @@ def drop_labels(net, y: Tensor, draws, cfg, purpose: str = "label drop") -> Tens
 
 
 def progress(draws, cfg) -> float:
-    """0 at the run's first step, 1 at its last."""
+    """Of the run: 0 at the first step, 1 at the last."""
     return draws.positions[0] // cfg.batch / max(1, cfg.steps - 1)
 
 
@@ -142,7 +142,7 @@ def masked_call(rows: Tensor, call: Callable, *inputs: Tensor) -> Tensor:
     """call(*inputs) for the samples where rows (B,), and 0 for the others, which cost nothing."""
     where = rows.nonzero()[:, 0]
     if not len(where):
-        if dist.is_initialized():  # so that collectives of a sharded network match
+        if dist.is_initialized():  # for the collectives of a sharded network
             call(*(x[:1] for x in inputs))
         return torch.zeros_like(inputs[0])
     out = call(*(x[where] for x in inputs))
@@ -358,7 +358,7 @@ def flatness(D, x: Tensor, out: Tensor, s: Tensor, r: Tensor, y: Tensor, draws, 
 
 
 def every_fourth(draws, device) -> Tensor:
-    """Indices in this micro-batch of samples at a position of the run that 4 divides."""
+    """Indices in this micro-batch of samples whose position in the run is a multiple of 4."""
     rows = [i for i, position in enumerate(draws.positions) if position % 4 == 0]
     return torch.tensor(rows, device=device, dtype=torch.int64)
 

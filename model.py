@@ -342,10 +342,10 @@ def clean_velocity(x: Tensor, x_t: Tensor, t: Tensor, t_min: float) -> Tensor:
 
 
 class Discriminator(nn.Module):
-    """A number D(x_t, t, y) for each sample: a transformer with one more token, that is read out.
+    """A number D(x_t, t, y) for each sample: a transformer with one more token, which is read out.
 
     As in CAFM (arXiv:2604.11521, official code): no position for the token, and no adaLN-zero behind it,
-    whose zeros would give D no gradient. A trunk with extra tokens is read out of their first."""
+    whose zeros would give D no gradient. A trunk with extra tokens is read out of the first."""
 
     def __init__(self, trunk: DiT):
         super().__init__()
@@ -511,7 +511,7 @@ def main(argv: list[str] | None = None) -> None:
 def check_sizes(c: dict) -> None:
     """ValueError for impossible arguments of DiT."""
     if c["input_size"] % c["patch"]:
-        raise ValueError(f"images of {c['input_size']} pixels: no multiple of {c['patch']}, the patch")
+        raise ValueError(f"{c['input_size']} pixels: expected a multiple of {c['patch']}, the patch")
     if c["width"] % c["heads"] or c["width"] % 4:
         raise ValueError(f"width {c['width']} must be a multiple of 4 and of the {c['heads']} heads")
     for name, choices in dict(predict=("v", "x"), norm=tuple(NORMS), times=(0, 1, 2)).items():

@@ -95,8 +95,8 @@ def guided(net, guidance=1.0, interval=(0.0, 1.0)):
 
         v = v_ref + s (v_net - v_ref)
 
-    v_ref: the same network under the null label (arXiv:2207.12598, where s = 1 is none; interval:
-    arXiv:2404.07724). A network conditioned on s gives v in one call. r: the end of a jump."""
+    v_ref: the same network under the null label (classifier-free guidance, arXiv:2207.12598; s = 1: none;
+    interval: arXiv:2404.07724). A network conditioned on s gives v in one call. r: the end of a jump."""
     check_guidance(net, guidance, interval)
 
     def velocity(x: Tensor, t: float, y: Tensor, r: float | None = None) -> Tensor:
@@ -134,7 +134,7 @@ def generate(net, labels: Tensor, seed: int, batch=250, progress="", codec=None,
             draws, y = data.Draws(seed, indices), labels[indices].to(device)  # on the CPU
             e = noise(draws, y, options) if noise else draws.normal("sample noise", net.state)
             x = sample(net, e.to(device), y, draws=draws, **options)
-            x = x.flatten(1)[:, :math.prod(net.shape)].unflatten(1, net.shape)  # it begins a state
+            x = x.flatten(1)[:, :math.prod(net.shape)].unflatten(1, net.shape)  # the image, first in a state
             yield indices, data.to_uint8(codec.decode(x) if codec else x).cpu()
             bar.update(min(len(indices) * data.world(), bar.total - bar.n))
 

@@ -97,13 +97,14 @@ def config_class(loss: str) -> type:
 
 
 def configure(loss: str = "fm", **settings) -> Config:
-    """An objective's defaults, changed."""
+    """An objective's defaults, changed by `settings`."""
     return config_class(loss)(**usual(loss, settings.get("init")) | settings | dict(loss=loss))
 
 
 def usual(loss: str, init: str | None) -> dict:
     """Settings in which the objective differs from fm, from a flow (--init) or from scratch."""
-    return losses.find(loss).defaults | (not init and losses.find(loss).scratch or {})
+    objective = losses.find(loss)
+    return objective.defaults | ({} if init else objective.scratch or {})
 
 
 def learning_rate(step: int, cfg: Config, role: str = "G") -> float:
