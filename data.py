@@ -1,8 +1,8 @@
 """Data: the toy set `glyphs`, folders and npz files of images, and what every script shares.
 
-`dataset(source, size)` returns a `Dataset`, whose items are an image uint8 (C, h, w) and its label. `stream`
-turns it into training batches. The image at a position of a run is a function of (seed, position): any
-step can be sought, whatever the number of GPUs and workers.
+`dataset(source, size)` is a `Dataset`, whose items are an image uint8 (C, h, w) and its label; `stream` makes
+training batches of it. The image at a position of a run is a function of (seed, position): any step can be
+sought, whatever the number of GPUs and workers.
 
 `python data.py [SOURCE]` draws a grid of a data set and prints its counts.
 """
@@ -31,11 +31,11 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps, features
 from torch import Tensor
 
-# ---- 1. Random numbers: a function of (seed, purpose, index), never of the order of drawing ----
+# ---- 1. Random numbers: functions of (seed, purpose, index), in any order ----
 
 
 def fold(*parts) -> int:
-    """A 63-bit seed: a hash of numbers and strings."""
+    """A 63-bit hash of numbers and strings."""
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "big") >> 1
 
 
@@ -45,16 +45,14 @@ def generator(*parts) -> torch.Generator:
 
 
 class Draws:
-    """Random numbers for a batch; those of sample k depend on (seed, purpose, positions[k]) only.
-
-    Positions are global: step * batch + i in training, the sample's index in evaluation.
-    """
+    """Random numbers for a batch; those of sample k depend on (seed, purpose, positions[k]) only, where
+    positions are step * batch + i in training, the sample's index in evaluation."""
 
     def __init__(self, seed: int, positions: typing.Sequence[int], device="cpu"):
         self.seed, self.positions, self.device = seed, positions, torch.device(device)
 
     def normal(self, purpose: str, shape: tuple) -> Tensor:
-        """Standard normal (len(positions), *shape), float32; a GPU's numbers differ from a CPU's."""
+        """Standard normal (B, *shape), float32, for B positions; a GPU's numbers differ from a CPU's."""
         rng = torch.Generator(self.device)
         out = torch.empty(len(self.positions), *shape, device=self.device)
         for row, p in zip(out, self.positions):
@@ -62,7 +60,7 @@ class Draws:
         return out
 
     def uniform(self, purpose: str, shape: tuple = ()) -> Tensor:
-        """Uniform in [0, 1), (len(positions), *shape), float32."""
+        """Uniform in [0, 1), (B, *shape), float32."""
         rows = [torch.rand(shape, generator=generator(self.seed, purpose, p)) for p in self.positions]
         return torch.stack(rows).to(self.device)
 
@@ -71,20 +69,20 @@ class Draws:
 
 
 def to_float(images: Tensor) -> Tensor:
-    """uint8 0..255 -> float32 [-1, 1]."""
+    """uint8 -> float32 [-1, 1]."""
     return images.float() / 127.5 - 1
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """Float [-1, 1] -> uint8, to the nearest level. NaN, which a cast would turn into 0, is refused."""
+    """Float [-1, 1] -> uint8, to the nearest level; no NaN, which a cast would turn into 0."""
     if bad := (~torch.isfinite(images)).flatten(1).any(1).sum().item():
         raise ValueError(f"{bad} of {len(images)} images are not finite: network or sampler diverged")
     return (127.5 * images.float() + 128).clamp(0, 255).to(torch.uint8)
 
 
-def grid(images: Tensor, columns: int = 0, captions: list[str] | None = None, tile: int = 64) -> Image.Image:
-    """One picture of images uint8 (N, 3, h, w), each enlarged to about `tile` pixels; columns 0: a square."""
-    zoom = max(1, round(tile / images.shape[3]))
+def grid(images: Tensor, columns: int = 0, captions: list[str] | None = None) -> Image.Image:
+    """One picture of images uint8 (N, 3, h, w), each enlarged to about 64 pixels; columns 0: a square."""
+    zoom = max(1, round(64 / images.shape[3]))
     tiles = images.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3).permute(0, 2, 3, 1).cpu().numpy()
     n, h, w, _ = tiles.shape
     columns, gap, text = columns or math.ceil(math.sqrt(n)), 2, 14 if captions else 0
@@ -101,15 +99,14 @@ def grid(images: Tensor, columns: int = 0, captions: list[str] | None = None, ti
 
 
 def decode(file, name: str, size: int | None) -> Tensor:
-    """An image file -> RGB uint8 (3, size, size): turned as EXIF says, laid over white, cropped."""
+    """An image file -> RGB uint8 (3, size, size): EXIF's turn, laid over white, cropped."""
     try:
         with Image.open(file) as image:
             image = ImageOps.exif_transpose(image)
             if image.mode.startswith("I"):  # 16-bit grey
                 image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
             if image.has_transparency_data:
-                white = Image.new("RGBA", image.size, "white")
-                image = Image.alpha_composite(white, image.convert("RGBA"))
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
             image = image.convert("RGB")
     except Exception as error:  # Pillow raises OSError, SyntaxError, struct.error, ...
         raise ValueError(f"{name}: not a readable image ({error}); repair or remove it") from error
@@ -151,8 +148,7 @@ def _pose(n: int, rng: torch.Generator) -> Tensor:
 def glyphs(n: int, size: int = 32, seed: int = 0) -> tuple[Tensor, Tensor]:
     """n images of the digits 0-9: uint8 (n, 3, size, size), and labels int64 (n,), label i = i % 10.
 
-    A prefix of any longer draw; Pillow (its font) and torch may change low bits. Its scores are no FIDs.
-    """
+    A prefix of any longer draw; Pillow (its font) and torch may change low bits. Its scores are no FIDs."""
     if not features.check("freetype2"):
         raise ValueError("glyphs needs FreeType in Pillow: pip install --upgrade pillow")
     out, labels = torch.empty(n, 3, size, size, dtype=torch.uint8), torch.arange(n) % 10
@@ -163,7 +159,7 @@ def glyphs(n: int, size: int = 32, seed: int = 0) -> tuple[Tensor, Tensor]:
         ground, ink = torch.rand(2, chunk, 3, 1, 1, generator=rng)[:, :m]
         ground, ink = 0.35 * ground, 0.65 + 0.35 * ink
         mask = F.grid_sample(digits[labels[start:start + m]], where, align_corners=False)
-        mask = F.avg_pool2d(mask, 2)  # drawn at twice the size: smooth edges at any pose
+        mask = F.avg_pool2d(mask, 2)  # of twice the size: smooth edges
         out[start:start + m] = to_uint8(2 * (ground + mask * (ink - ground)) - 1)
     return out, labels
 
@@ -177,7 +173,7 @@ class Dataset:
         return len(self.labels)
 
     def __getitem__(self, indices: list[int]) -> tuple[Tensor, Tensor] | ValueError:
-        """A batch, for DataLoader; an error comes back as a value, so that it stays one line."""
+        """A batch, for DataLoader; an error is a value, so that it stays one line."""
         try:
             items, labels = zip(*map(self.item, indices))
         except ValueError as error:
@@ -185,7 +181,7 @@ class Dataset:
         return torch.stack(items), torch.tensor(labels)
 
     def flip(self, items: Tensor, where: Tensor) -> Tensor:
-        """Items, mirrored where `where` (B,) says so."""
+        """Items, mirrored where `where` (B,)."""
         return torch.where(where[:, None, None, None], items.flip(3), items)
 
     def clean(self, items: Tensor, draws: Draws) -> Tensor:
@@ -194,7 +190,7 @@ class Dataset:
 
 
 class Arrays(Dataset):
-    """Images in one array, a tensor or mapped from a file: uint8 (N, C, h, w), with labels (N,)."""
+    """Images in one array, a tensor or mapped from a file: uint8 (N, C, h, w), labels (N,)."""
 
     def __init__(self, images, labels: Tensor, size: int | None, classes=None, mirror: bool = False):
         self.images, self.labels, self.size, self.mirror = images, labels, size, mirror
@@ -210,7 +206,7 @@ class Arrays(Dataset):
 
 
 class Files(Dataset):
-    """Image files of a folder, decoded when asked for."""
+    """Image files of a folder."""
     mirror = True
 
     def __init__(self, root: Path, names: list[str], labels: list[int], size: int | None, classes: list[str]):
@@ -233,9 +229,7 @@ class Files(Dataset):
         return image, self.labels[i]
 
 
-@functools.lru_cache(maxsize=2)
-def _glyph_set(size: int, seed: int) -> tuple[Tensor, Tensor]:
-    return glyphs(20_000, size, seed)
+_glyph_set = functools.lru_cache(maxsize=2)(glyphs)
 
 
 def read_glyphs(path: Path, size: int | None) -> Arrays | None:
@@ -245,14 +239,14 @@ def read_glyphs(path: Path, size: int | None) -> Arrays | None:
         return None
     if not (seed or "0").isdigit():
         raise ValueError(f"{path}: expected glyphs or glyphs:SEED, a whole number")
-    return Arrays(*_glyph_set(size or 32, int(seed or 0)), size)
+    return Arrays(*_glyph_set(20_000, size or 32, int(seed or 0)), size)
 
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
 
 
 def read_folder(root: Path, size: int | None) -> Files | None:
-    """A folder of images, in a subfolder for each class (ImageNet's layout), or flat: one class."""
+    """A folder of images, a subfolder for each class (ImageNet's layout), or flat: one class."""
     files = [Path(folder, f) for folder, _, inside in os.walk(root, followlinks=True) for f in inside]
     names = sorted(f.relative_to(root).as_posix() for f in files if f.suffix.lower() in IMAGE_SUFFIXES)
     if not names:
@@ -266,7 +260,7 @@ def read_folder(root: Path, size: int | None) -> Files | None:
 
 
 def read_npz(path: Path, size: int | None) -> Arrays | None:
-    """An npz of `images` or `arr_0` (ADM), NHWC or NCHW, colour or grey; `labels` or `arr_1` if there."""
+    """An npz of `images` or `arr_0` (ADM), NHWC or NCHW, colour or grey, and `labels` or `arr_1` if there."""
     if path.suffix != ".npz" or not path.exists():
         return None
     try:
@@ -279,10 +273,7 @@ def read_npz(path: Path, size: int | None) -> Arrays | None:
     except Exception as error:  # of numpy, zipfile and zlib
         why = " ".join(str(error).split())[:80]
         raise ValueError(f"{path}: not a readable .npz ({why}); write it by numpy.savez") from None
-    if images is None:
-        raise ValueError(f"{path}: holds {', '.join(held) or 'nothing'}; expected `images` or `arr_0`")
-    if images.dtype != np.uint8 or images.ndim != 4 or not len(images) or not {*images.shape[1::2]} & {1, 3}:
-        raise ValueError(f"{path}: {key} is {images.dtype} {images.shape}; expected uint8 (N, h, w, 3)")
+    check_array(path, held, key, images)
     if images.shape[3] in (1, 3):
         images = images.transpose(0, 3, 1, 2)
     labels = np.zeros(len(images), np.int64) if labels is None else labels
@@ -293,9 +284,9 @@ READERS = {"glyphs": read_glyphs, "npz": read_npz, "folder": read_folder}  # (pa
 
 
 def dataset(source: str, size: int | None = None) -> Dataset:
-    """The data set at a path, or glyphs, or glyphs:SEED; images are cropped to `size`; None: as they are."""
+    """The data set at a path, glyphs or glyphs:SEED; images cropped to `size`, or as they are."""
     path, absent = Path(source), ""
-    for module in ("", "formats", "latents"):  # of extras/, where the core's readers do not know the path
+    for module in ("", "formats", "latents"):  # of extras/, where the core cannot read it
         if module and not optional(module):
             absent += f"; extras/{module}.py is not there"
         for read in list(READERS.values()):
@@ -316,7 +307,7 @@ def permutation(n: int, seed: int, epoch: int) -> Tensor:
 
 
 def index_at(n: int, position: int, seed: int) -> int:
-    """The index of the item at a position of the run, of n items: a new order each epoch."""
+    """The index, of n items, at a position of the run: a new order each epoch."""
     epoch, offset = divmod(position, n)
     return int(permutation(n, seed, epoch)[offset])
 
@@ -327,12 +318,12 @@ def _ignore_signals(_worker: int) -> None:
 
 
 def batches(source: Dataset, index_lists: typing.Iterable[list[int]], workers: int = 0):
-    """Yield (items (b, C, h, w), labels int64 (b,)) for each list of indices; workers -1: 4 for files."""
+    """Yield (items (b, C, h, w), labels int64 (b,)) for lists of indices; workers -1: 4 for files."""
     if workers < 0:
         workers = min(4, os.cpu_count()) if isinstance(source, Files) else 0
-    loader = torch.utils.data.DataLoader(
+    loader = torch.utils.data.DataLoader(  # by a generator of its own: torch's stays as it is
         source, batch_size=None, sampler=index_lists, num_workers=workers, worker_init_fn=_ignore_signals,
-        generator=torch.Generator())  # torch's own stays as it is
+        generator=torch.Generator())
     for batch in loader:
         if isinstance(batch, ValueError):
             raise batch
@@ -340,7 +331,7 @@ def batches(source: Dataset, index_lists: typing.Iterable[list[int]], workers: i
 
 
 def stream(source: Dataset, position_lists, seed: int, mirror: bool = False, workers: int = 0):
-    """Yield (items, labels, positions) for each list of positions; mirror: half of the items are flipped."""
+    """Yield (items, labels, positions) for each list of positions; mirror: flip half of the items."""
     for_indices, for_positions = itertools.tee(position_lists)
     indices = ([index_at(len(source), p, seed) for p in positions] for positions in for_indices)
     for (items, labels), positions in zip(batches(source, indices, workers), for_positions):
@@ -355,7 +346,7 @@ def extra_file(name: str) -> Path:
 
 
 def extra(name: str, why: str):
-    """Import extras/NAME.py, which adds to the core's tables; `why` begins the error."""
+    """Import extras/NAME.py; `why` begins the error."""
     if not re.fullmatch("[a-z]\\w*", name) or not extra_file(name).is_file():
         raise ValueError(f"{why}: not in the core, and there is no extras/{name}.py")
     try:
@@ -370,7 +361,7 @@ def optional(name: str):
 
 
 def lookup(table: dict, name: str, what: str):
-    """table[name], if need be after the import of the extra it names: of extras/a.py for "a-B/16"."""
+    """table[name], which may come with the extra it names: extras/a.py for "a-B/16"."""
     file = re.split(r"\W", name.lower())[0]
     if name not in table and extra_file(file).is_file():
         extra(file, name)
@@ -399,11 +390,10 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parse(config, argv, description, positional=(), own=(), elsewhere=lambda name: "", **defaults):
-    """Fill the dataclass `config` from the command line: a flag for each field, of its type and default.
+    """The dataclass `config` from the command line: a flag for each field, of its type and default.
 
-    defaults: in place of the dataclass's; positional: fields without a flag; own: those first in --help;
-    elsewhere (name): what is known of a flag that is unknown here, or "".
-    """
+    positional: fields without a flag; own: those first in --help; elsewhere(name): where an unknown flag is
+    known, or ""; defaults: in place of the dataclass's."""
     parser = _Parser(usage="python %(prog)s [settings]", description=description, allow_abbrev=False,
                      add_help=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     groups = [parser.add_argument_group(title) for title in ("settings of this objective", "settings")]
@@ -430,7 +420,7 @@ def parse(config, argv, description, positional=(), own=(), elsewhere=lambda nam
 
 
 def run_cli(main: typing.Callable) -> None:
-    """Run a script's main; errors a user can mend are printed as one line, exit status 2."""
+    """Run a script's main; an error that a user can mend is one line, exit status 2."""
     if main.__module__ == "__main__":  # main of the imported module, to whose tables extras/ adds
         spec = sys.modules["__main__"].__spec__
         main = importlib.import_module(spec.name if spec else Path(sys.argv[0]).stem).main
@@ -450,7 +440,7 @@ def start_processes(device: str = "auto") -> torch.device:
         local, found = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
         if local >= found:
             fix = f"--nproc_per_node={found}" if found else "--device cpu"
-            raise ValueError(f"--device cuda: process {local} has no GPU, torch sees {found}; use {fix}")
+            raise ValueError(f"--device cuda: process {local} has no GPU, torch sees {found}: use {fix}")
         device = f"cuda:{local}"
         torch.cuda.set_device(device)
     if "RANK" in os.environ and not dist.is_initialized():
@@ -459,7 +449,7 @@ def start_processes(device: str = "auto") -> torch.device:
 
 
 def stop_processes() -> None:
-    """Leave together: a process that leaves others waiting, or holds a group, may abort."""
+    """Leave together: a process that others wait for may abort."""
     if dist.is_initialized():
         barrier()
         gc.collect()  # DDP sits in reference cycles and keeps its process group alive
@@ -488,7 +478,7 @@ def note(text: str) -> None:
 @dataclasses.dataclass
 class Config:
     source: str = option("glyphs", "glyphs, glyphs:SEED, a folder of images, an npz, or of extras/")
-    size: int = option(0, "crop and scale to this many pixels; 0 keeps the images as they are")
+    size: int = option(0, "crop and scale to this many pixels; 0: as they are")
     n: int = option(100, "images on the grid")
     out: str = option("data.png", "the picture to write")
 
@@ -502,15 +492,20 @@ def main(argv: list[str] | None = None) -> None:
     grid(images, 10, [ds.classes[k] for k in labels]).save(cfg.out)
     counts = np.bincount(np.asarray(ds.labels), minlength=ds.num_classes)
     print(f"{cfg.source}: {len(ds):,} images of shape {ds.shape}, {ds.num_classes} classes, "
-          f"{counts.min():,} to {counts.max():,} images a class")
+          f"{counts.min():,} to {counts.max():,} images a class; of the first 20:")
     for name, count in zip(ds.classes[:20], counts):
         print(f"  {name:>12} {count:>8,}")
-    if ds.num_classes > 20:
-        print(f"  ... and {ds.num_classes - 20} more classes")
     print(f"wrote {cfg.out}")
 
 
 # ---- 7. Guards: labels and files that are refused ----
+
+
+def check_array(path: Path, held: list[str], key: str, images) -> None:
+    if images is None:
+        raise ValueError(f"{path}: holds {', '.join(held) or 'nothing'}; expected `images` or `arr_0`")
+    if images.dtype != np.uint8 or images.ndim != 4 or not len(images) or not {*images.shape[1::2]} & {1, 3}:
+        raise ValueError(f"{path}: {key} is {images.dtype} {images.shape}; expected uint8 (N, h, w, 3)")
 
 
 def check_labels(labels, n: int, where: str) -> Tensor:

@@ -4,12 +4,12 @@
     python fid.py GENERATED REFERENCE                      FID; --weights fid: comparable with papers
     python fid.py IMAGES --save_stats OUT.npz              statistics, to stand for IMAGES later
 
-GENERATED, REFERENCE: what data.py reads, an npz of statistics (mu and sigma), a run folder or checkpoint
-(samples --num images), or from Python an iterable of uint8 batches.
+GENERATED, REFERENCE: what data.py reads, an npz of statistics (mu, sigma), a run or checkpoint (it samples
+--num images), or from Python an iterable of uint8 batches.
 
-`fid` is the distance on the 2015-12-05 weights of InceptionV3 for 50,000 images or more, fid5k for 5,000:
-N images add about C / N. fid5k_torchvision, on the default weights, compares with its like only. fd_glyphs
-uses GlyphNet, our own classifier of digits. Letters: N images, D features.
+`fid` is the distance on the 2015-12-05 weights of InceptionV3 for 50,000 images or more, fid5k for 5,000: N
+images add about C / N. fid5k_torchvision, the default weights, compares with its like only; fd_glyphs uses
+GlyphNet, our own classifier of digits. Letters: N images, D features.
 """
 import contextlib
 import inspect
@@ -39,8 +39,7 @@ from data import option
 def frechet_distance(mu1, cov1, mu2, cov2) -> float:
     """|mu1 - mu2|^2 + tr(cov1 + cov2 - 2 (cov1 cov2)^(1/2))   (arXiv:1706.08500, Eq. 6)
 
-    Means (D,) and covariances (D, D), numpy or torch. Rounding may leave -1e-9 for 0.
-    """
+    Means (D,) and covariances (D, D), numpy or torch. Rounding may leave -1e-9 for 0."""
     mu1, cov1, mu2, cov2 = (torch.as_tensor(a).to("cpu", torch.float64) for a in (mu1, cov1, mu2, cov2))
     check_moments(mu1=mu1, cov1=cov1, mu2=mu2, cov2=cov2)
     root = sqrt_spectrum(cov1, cov2).sum()
@@ -48,10 +47,8 @@ def frechet_distance(mu1, cov1, mu2, cov2) -> float:
 
 
 def sqrt_spectrum(cov1: Tensor, cov2: Tensor) -> Tensor:
-    """Square roots (D,) of the eigenvalues of cov1 cov2, which are those of L^T cov2 L if cov1 = L L^T.
-
-    Small ones stay accurate; sqrtm(cov1 cov2) adds sqrt(machine epsilon) per direction without variance.
-    """
+    """Square roots (D,) of the eigenvalues of cov1 cov2, those of L^T cov2 L if cov1 = L L^T. sqrtm of the
+    product would add sqrt(machine epsilon) per direction without variance."""
     for a, b in ((cov1, cov2), (cov2, cov1)):  # one positive definite matrix is enough
         L, failed = torch.linalg.cholesky_ex(a)
         if not failed:
@@ -72,7 +69,7 @@ class Statistics:
 
     def update(self, features: Tensor, indices=()) -> None:
         """Add features (n, D)."""
-        features = features.to(self.sum)  # before the product, which in float32 would lose four digits
+        features = features.to(self.sum)  # a product in float32 would lose four digits
         self.count += len(features)
         self.sum += features.sum(0)
         self.outer.addmm_(features.T, features)
@@ -125,7 +122,7 @@ class GlyphNet(nn.Module):
 
 @contextlib.contextmanager
 def full_float32(device: torch.device):
-    """Without autocast, TF32 and nondeterminism, which move scores: bfloat16 moves features by 8e-3."""
+    """Without autocast (bfloat16 moves features by 8e-3), TF32 and nondeterminism."""
     products = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = False
     try:
@@ -158,7 +155,7 @@ def train_glyph_net() -> GlyphNet:
 
 
 def glyph_net() -> GlyphNet:
-    """GlyphNet, frozen, on the CPU: trained once (some 6 s), by rank 0, and kept in a file."""
+    """GlyphNet, frozen, on the CPU: trained once (6 s), by rank 0, and kept in a file."""
     path = glyph_net_file()
     with torch.random.fork_rng(devices=[]):
         net = GlyphNet()
@@ -178,7 +175,7 @@ def glyph_net() -> GlyphNet:
 
 
 def glyph_net_file() -> Path:
-    """Named after the code that trains GlyphNet and what glyphs look like."""
+    """Named after GlyphNet's code and the looks of glyphs."""
     code = "".join(map(inspect.getsource, (conv, GlyphNet, train_glyph_net)))
     return cache_folder() / f"glyphnet-{data.fold(code, data.glyphs(10)[0].numpy().tobytes()):x}.pt"
 
@@ -192,9 +189,9 @@ def cache_folder() -> Path:
 
 @dataclass
 class ImageSet:
-    """One side of a comparison: images, or what is stored of them, and what is known about them."""
+    """One side of a comparison: images, or what is stored of them."""
     name: str
-    n: int | None                  # None: unknown, or only known when `batches` has ended
+    n: int | None                  # None: unknown, or only when `batches` has ended
     size: list[int] | None = None  # [h, w], likewise
     batches: Iterable = None       # this process's share of (indices, uint8 (b, 3, h, w), labels or None)
     labels: Tensor | None = None   # (n,) where there are classes
@@ -204,17 +201,16 @@ class ImageSet:
 
 
 def open_set(source, net: nn.Module, cfg: "Config", role: str) -> ImageSet:
-    """The image set of any source; errors show before any image is measured."""
+    """The image set of any source."""
     if isinstance(source, ImageSet):
         return source
     if not isinstance(source, (str, os.PathLike)):  # batches: each process passes its own share
         if cfg.size:
-            raise ValueError(f"--size {cfg.size}: crop the batches of an iterable beforehand")
+            raise ValueError(f"--size {cfg.size}: crop an iterable's batches beforehand")
         numbers = itertools.count(data.rank(), data.world())
         batches = ((list(itertools.islice(numbers, len(images))), images, None) for images in source)
         return ImageSet("an iterable", None, batches=batches)
-    source = str(source)
-    stored = data.optional("stored")
+    source, stored = str(source), data.optional("stored")
     if stored and (statistics := stored.find(source, net, cfg, role)):
         return statistics
     is_run = source.endswith((".pt", ".pth")) or (Path(source) / "last.pt").exists()
@@ -222,7 +218,7 @@ def open_set(source, net: nn.Module, cfg: "Config", role: str) -> ImageSet:
 
 
 def from_dataset(source: str, cfg: "Config", role: str) -> ImageSet:
-    """All images of what `data.dataset` reads, or cfg.subset of them."""
+    """What `data.dataset` reads, or cfg.subset images of it."""
     images = data.dataset(source, cfg.size or None)
     check_count(source, len(images), cfg.num if role == "generated" else 0)
     order = torch.randperm(len(images), generator=data.generator("subset", cfg.seed))
@@ -235,9 +231,9 @@ def from_dataset(source: str, cfg: "Config", role: str) -> ImageSet:
 
 
 def from_run(source: str, cfg: "Config") -> ImageSet:
-    """cfg.num images that a checkpoint generates from cfg.seed."""
+    """cfg.num images of a checkpoint."""
     if not cfg.num:
-        raise ValueError(f"{source} is a run: --num says how many images to generate")
+        raise ValueError(f"{source} is a run: --num says how many images to make")
     path = sample.find_checkpoint(source)
     net, (own, usual) = model.load(path).to(cfg.device), sample.own_settings(path)
     asked = dict(steps=cfg.steps, solver=cfg.solver, guidance=cfg.guidance)
@@ -259,7 +255,7 @@ def from_run(source: str, cfg: "Config") -> ImageSet:
 
 @torch.no_grad()
 def measure(net: nn.Module, images: ImageSet, needs: list[tuple]) -> ImageSet:
-    """The set, after a pass through the network for what its `parts` lack. Processes share the work."""
+    """The set after a pass through the network for what its `parts` lack; processes share it."""
     device = next(net.parameters()).device
     gathered = {(key, gather): gather(net.widths[key], device, images.n)
                 for key, gather in needs if (key, gather) not in images.parts}
@@ -292,7 +288,7 @@ def measure(net: nn.Module, images: ImageSet, needs: list[tuple]) -> ImageSet:
 
 @dataclass(frozen=True, eq=False)
 class Metric:
-    """A score, or several that are computed together, in METRICS under each of their names."""
+    """A score, or several computed together, in METRICS under each of their names."""
     compute: Callable          # (generated, reference, names asked for, net) -> {name: dict(value=.., ..)}
     needs: tuple = (FRECHET,)  # pairs (output of the network, class like Statistics); see ImageSet.parts
     reference: bool = True     # False: the generated images are enough
@@ -317,7 +313,7 @@ def __getattr__(name: str):
 
 
 def find_metrics(text: str, net: nn.Module) -> list[str]:
-    """The names in "fid,..", or for "all" those that suit the network, in the order of METRICS."""
+    """The names in "fid,..", or for "all" those that suit the network, as METRICS lists them."""
     asked = text.split(",")
     for name in asked:
         if name not in METRICS:
@@ -330,7 +326,7 @@ def find_metrics(text: str, net: nn.Module) -> list[str]:
 
 
 def compare(net: nn.Module, gen: ImageSet, ref: ImageSet, names: list[str]) -> dict:
-    """{name: dict(value=.., ..)} of the metrics for which the sides have what is needed."""
+    """{name: dict(value=.., ..)} where the sides have what the metrics need."""
     scores = {}
     for metric in dict.fromkeys(METRICS[name] for name in names):
         sides = (gen, ref) if metric.reference else (gen,)
@@ -344,7 +340,7 @@ def compare(net: nn.Module, gen: ImageSet, ref: ImageSet, names: list[str]) -> d
 
 
 def score_name(name: str, net: nn.Module, n: int | None) -> str:
-    """fid for 50,000 images on the 2015-12-05 weights, else fid5k, fid_torchvision, fd_glyphs, .."""
+    """fid for 50,000 images on the 2015-12-05 weights, or fid5k, fid_torchvision, fd_glyphs, .."""
     if name == "fid" and not hasattr(net, "flavour"):  # not InceptionV3
         name = "fd"
     elif METRICS[name].numbered and (n or 0) < 50_000:
@@ -355,9 +351,8 @@ def score_name(name: str, net: nn.Module, n: int | None) -> str:
 def evaluate(generated, reference="", net: nn.Module | None = None, **options) -> dict:
     """The scores of an image set against a reference, with their protocol, as a dict of plain values.
 
-    options: the fields of `Config`. net: other features, with extract, widths, label, resize and suffix as
-    GlyphNet has; on GlyphNet the reference "glyphs" stands for as many held-out real ones.
-    """
+    options: fields of `Config`. net: other features, with extract, widths, label, resize and suffix as
+    GlyphNet has; on GlyphNet "glyphs" stands for as many held-out real ones."""
     cfg = Config(**options)
     losses.at_least(cfg, 1, "batch")
     losses.at_least(cfg, 0, "num", "subset", "size")
@@ -366,7 +361,7 @@ def evaluate(generated, reference="", net: nn.Module | None = None, **options) -
     net = net or data.lookup(FEATURES, cfg.features, "--features")(cfg.weights, cfg.resize, cfg.device)
     names, on_glyphs = find_metrics(cfg.metrics, net), isinstance(net, GlyphNet)
     needs = [n for name in names for n in METRICS[name].needs if reference or n[1] is Statistics]
-    needs = list(dict.fromkeys([FRECHET, *needs]))  # in the same order in all processes
+    needs = list(dict.fromkeys([FRECHET, *needs]))  # one order in all processes
 
     sides = [open_set(generated, net, cfg, "generated")]
     if reference and not (on_glyphs and reference == "glyphs"):
@@ -396,7 +391,7 @@ def evaluate(generated, reference="", net: nn.Module | None = None, **options) -
 
 
 def real_glyphs(net: GlyphNet, n: int, size: int, needs: list) -> tuple[ImageSet, float]:
-    """n held-out glyphs, and the floor: their distance to n others, which a perfect generator has."""
+    """n held-out glyphs, and the floor, their distance to n others, as a perfect generator's."""
     sets = []
     for seed in (1, 2):  # seeds that only measure: generators train on 0, GlyphNet on 3
         images, labels = data.glyphs(n, size, seed)
@@ -407,11 +402,8 @@ def real_glyphs(net: GlyphNet, n: int, size: int, needs: list) -> tuple[ImageSet
 
 
 def score_glyphs(images: Tensor, labels: Tensor | None = None, metrics: str = "fid") -> dict:
-    """dict(fd_glyphs, floor, accuracy, n) of generated glyphs (N, 3, s, s), uint8, with labels (N,) if known.
-
-    metrics: more of them, as "fid,NAME", add their values under their names.
-    Under torch.distributed each process passes a share of any size, and all get the score of all n.
-    """
+    """dict(fd_glyphs, floor, accuracy, n) of generated glyphs uint8 (N, 3, s, s), labels (N,) if known;
+    metrics "fid,NAME" add a value NAME. Each process passes its share, and all get the score of all n."""
     net = glyph_net().to(images.device)
     batches = ((part.tolist(), images[part], None if labels is None else labels[part])
                for part in torch.arange(len(images)).split(500))
@@ -449,7 +441,7 @@ class Config:
 
 
 def as_text(found: dict) -> str:
-    """The result of `evaluate`, a line for each score."""
+    """The result of `evaluate` in lines."""
     lines = []
     for name, score in found["scores"].items():
         more = [f"{key} {value:,}" if isinstance(value, int) else f"{key} {value:.4g}"
@@ -478,20 +470,20 @@ def main(argv: list[str] | None = None, **defaults) -> None:
 def check_images(images: Tensor) -> Tensor:
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
         raise ValueError(f"images of {images.dtype} {tuple(images.shape)}: expected uint8 (N, 3, h, w); "
-                         "convert floats in [-1, 1] with data.to_uint8, and decode latents")
+                         "convert floats in [-1, 1] by data.to_uint8, decode latents")
     return images
 
 
 def check_moments(**moments: Tensor) -> None:
     shapes, d = {name: tuple(value.shape) for name, value in moments.items()}, moments["mu1"].numel()
     if [*shapes.values()] != [(d,), (d, d)] * 2:
-        raise ValueError(f"means and covariances of shapes {shapes} do not compare: other features?")
+        raise ValueError(f"means and covariances {shapes} do not compare: other features?")
     if wrong := [name for name, value in moments.items() if not value.isfinite().all()]:
         raise ValueError(f"{wrong[0]} has non-finite values: the features of that image set overflowed")
 
 
 def check_count(name: str, found: int | None, num: int) -> None:
-    if num and found != num:  # fewer: generating broke off; more: an older set lies there too
+    if num and found != num:  # generating broke off, or an older set lies there too
         count = "an unknown number of" if found is None else f"{found:,}"
         raise ValueError(f"found {count} images in {name}, --num asks for {num:,} (--subset draws some)")
 
@@ -509,7 +501,7 @@ def warn_of_few(n: int | None, net: nn.Module, floors: list[float]) -> None:
         data.note(f"warning: only N={n:,} < {enough:,} samples: mostly bias{floor}; see --metrics all")
 
 
-def describe_labels(labels: Tensor | None) -> str:  # random ones make a higher FID than balanced ones
+def describe_labels(labels: Tensor | None) -> str:  # random ones make a higher FID
     if labels is None or not len(labels):
         return "unknown"
     low, high = labels.bincount().aminmax()

@@ -18,16 +18,16 @@ Time runs from data (t = 0) to noise (t = 1): x_t = (1 - t) x + t e with e ~ N(0
     x, y   clean images (B, C, h, w) float in [-1, 1] (or latents), and labels (B,) int64
     draws  data.Draws of this micro-batch: all randomness comes from here
     cfg    train.Config with this objective's own flags
-    loss   scalar float32 tensor;  logs: dict of scalar tensors worth a column of log.jsonl
+    loss   scalar float32 tensor;  logs: dict of scalar tensors, columns of log.jsonl
 
-Each has the same four paragraphs: times, point, target, distance. An adversarial method is a pair of them,
-D's and G's: the first network is the one that the loss trains, and the other comes last. `register` tells
-the loop the rest. More are files of extras/, and `--loss FILE.py:NAME` is one of yours.
+Each has the same four paragraphs: times, point, target, distance. An adversarial method is a pair, D's and
+G's: the network that the loss trains comes first, the other last. `register` tells the loop the rest. More
+are files of extras/, and `--loss FILE.py:NAME` is one of yours.
 
-`python losses.py` trains each on a 1-D mixture whose velocity and flow map are known: errors and a picture.
+`python losses.py` trains each on a 1-D mixture whose flow is known: errors and a picture.
 """
-import importlib.util
 import math
+import runpy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Callable
@@ -47,7 +47,7 @@ from data import option
 
 @dataclass(frozen=True)
 class Objective:
-    """What the loop knows of an objective. Functions of cfg see the run's settings and its own flags."""
+    """What the loop knows of an objective; in cfg there are its own flags, too."""
     name: str
     G: Callable                                   # the loss of the generator, or of the only network
     D: Callable | None = None                     # the loss of the discriminator
@@ -75,17 +75,15 @@ def register(name: str, G: Callable, D: Callable | None = None, **rest) -> None:
 
 
 def find(name: str) -> Objective:
-    """The objective of a name of this file or of extras/, or "FILE.py:NAME", a function of yours."""
+    """The objective NAME of this file or of extras/, or "FILE.py:NAME", a function of yours."""
     path, _, function = name.rpartition(":")
     if path.endswith(".py") and name not in LOSSES:
         if not Path(path).is_file():
             raise ValueError(f"--loss {name}: there is no file {path}")
-        spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        if function not in LOSSES and not callable(getattr(module, function, None)):
+        own = runpy.run_path(path)
+        if function not in LOSSES and not callable(own.get(function)):
             raise ValueError(f"--loss {name}: {path} has no function {function}")
-        LOSSES[name] = LOSSES.get(function) or Objective(name, getattr(module, function))
+        LOSSES[name] = LOSSES.get(function) or Objective(name, own[function])
     return data.lookup(LOSSES, name, "--loss")
 
 
@@ -99,10 +97,7 @@ def sample_times(draws, cfg, purpose: str = "time") -> Tensor:
 
 def logit_normal(u: Tensor, draws, cfg) -> Tensor:
     """sigmoid(time_mean + time_std n), n ~ N(0, 1), from uniform u (SD3, arXiv:2403.03206, Eq. 19).
-
-    A larger time_mean puts more weight on high noise levels. paper: P_mean = -0.8 of arXiv:2511.13720, whose
-    time runs from noise to data; here: +0.8.
-    """
+    paper: P_mean = -0.8 of arXiv:2511.13720, whose time runs from noise to data; here: +0.8."""
     n = math.sqrt(2) * torch.erfinv(2 * u.clamp(1e-6, 1 - 1e-6) - 1)
     return torch.sigmoid(cfg.time_mean + cfg.time_std * n)
 
@@ -116,43 +111,38 @@ def interpolate(x: Tensor, e: Tensor, t: Tensor) -> Tensor:
 
 
 def expand_dims(t: Tensor, x: Tensor) -> Tensor:
-    """t (B,) as (B, 1, .., 1), to be multiplied with x (B, ...)."""
+    """t (B,) as (B, 1, .., 1), of as many axes as x."""
     return t.view(-1, *[1] * (x.dim() - 1))
 
 
 def velocity_target(net, x: Tensor, e: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-    """v = e - x; where the network predicts x with its clamp, v = (x_t - x) / max(t, t_min).
-
-    The loss is then |x - x_net|^2 / max(t, t_min)^2 (arXiv:2511.13720), 0 for a perfect x at any t.
-    """
+    """v = e - x; where the network predicts x with its clamp, v = (x_t - x) / max(t, t_min): a loss of
+    |x - x_net|^2 / max(t, t_min)^2 (arXiv:2511.13720), 0 for a perfect x at any t."""
     return model.clean_velocity(x, x_t, t, net.t_min) if net.predict == "x" else e - x
 
 
 def drop_labels(net, y: Tensor, draws, cfg, purpose: str = "label drop") -> Tensor:
-    """Labels, each the null class with probability label_drop, for guidance (arXiv:2207.12598)."""
+    """Labels, the null class with probability label_drop, for guidance (arXiv:2207.12598)."""
     if not net.null_class:
         return y
     return torch.where(draws.uniform(purpose) < cfg.label_drop, net.num_classes, y)
 
 
 def progress(draws, cfg) -> float:
-    """How much of the run is over: 0 at the first step, 1 at the last."""
+    """Of the run: 0 at the first step, 1 at the last."""
     return draws.positions[0] // cfg.batch / max(1, cfg.steps - 1)
 
 
 def jump(net, x_s: Tensor, s: Tensor, r: Tensor, y: Tensor) -> Tensor:
-    """Where a jump from time s ends at r: x_s - (s - r) u(x_s, s, y, r)."""
+    """Where a jump from s to r ends: x_s - (s - r) u(x_s, s, y, r)."""
     return x_s - expand_dims(s - r, x_s) * net(x_s, s, y, r)
 
 
 def masked_call(rows: Tensor, call: Callable, *inputs: Tensor) -> Tensor:
-    """call(*inputs) for the samples where rows (B,), and 0 for the others, which cost nothing.
-
-    A process that has none runs a dummy sample so that collectives of a sharded network match.
-    """
+    """call(*inputs) for the samples where rows (B,), and 0 for the others, which cost nothing."""
     where = rows.nonzero()[:, 0]
     if not len(where):
-        if dist.is_initialized():
+        if dist.is_initialized():  # for the collectives of a sharded network
             call(*(x[:1] for x in inputs))
         return torch.zeros_like(inputs[0])
     out = call(*(x[where] for x in inputs))
@@ -165,8 +155,7 @@ def masked_call(rows: Tensor, call: Callable, *inputs: Tensor) -> Tensor:
 def fm(net, x, y, draws, cfg):
     """Flow matching: E |v_net(x_t, t, y) - (e - x)|^2 (arXiv:2210.02747, Eq. 23; SiT, arXiv:2401.08740).
 
-    paper: time runs from noise to data, with least noise sigma_min; here: from data to noise, with none.
-    """
+    paper: time runs from noise to data, with least noise sigma_min; here: from data to noise, with none."""
     t = sample_times(draws, cfg)
 
     e = draws.normal("noise", x.shape[1:])
@@ -185,10 +174,9 @@ def meanflow(net, x, y, draws, cfg, guide=None):
     """MeanFlow: E w |u(x_t, t, r) - sg(v - (t - r) du/dt)|^2 (arXiv:2505.13447, Eq. 6-11), w: see `adaptive`.
 
     The average velocity u = 1 / (t - r) int_r^t v has this target, as d/dt of (t - r) u = int_r^t v shows;
-    du/dt = (v . grad_x) u + partial u / partial t at fixed r. The loss tells little (with p = 1 next to
-    nothing): look at the logged `flow`, |u(x_t, t, t) - v|^2. guide: a function that changes v, for guidance
-    in training. paper: sums over pixels, c = 0.01; here: means, c to match.
-    """
+    du/dt = (v . grad_x) u + partial u / partial t at fixed r. The loss tells little: look at the logged
+    `flow`, |u(x_t, t, t) - v|^2. guide: a function that changes v, for guidance in training. paper: sums over
+    pixels, c = 0.01; here: means, c to match."""
     t, r = two_times(draws, cfg)
 
     e = draws.normal("noise", x.shape[1:])
@@ -206,18 +194,16 @@ def meanflow(net, x, y, draws, cfg, guide=None):
 def is_jump(draws, cfg) -> Tensor:
     """Whether a sample learns a jump (B,), as a share `jumps` does; the others, r = t, learn the velocity.
 
-    paper: in its code the first rows of a batch have r = t, and the very first ones the null label, so that
-    no jump is learned without a label; here: a draw replaces the row, for `drop_labels` as well.
-    """
+    paper: in its code the first rows of a batch have r = t, and the very first the null label, so that no
+    jump is learned without a label; here: a draw replaces the row, for `drop_labels` as well."""
     return draws.uniform(JUMP_OR_FLOW) >= 1 - cfg.jumps
 
 
 def two_times(draws, cfg) -> tuple[Tensor, Tensor]:
     """The times (t, r) of a jump, the larger and the smaller of two draws, or r = t from `sample_times`.
 
-    paper: in its code velocities, too, have the larger of two draws of one distribution; here: jumps may have
-    their own, `jump_time`, and velocities have one draw, or those near the data would not be learned.
-    """
+    paper: in its code velocities, too, have the larger of two draws; here: one, or those near the data would
+    not be learned, and jumps may have their own distribution, `jump_time`."""
     draw = data.lookup(TIMES, cfg.jump_time or cfg.time, "--jump_time")
     one, other = (draw(draws.uniform(purpose), draws, cfg) for purpose in ("jump's start", "jump's end"))
     jumps, t = is_jump(draws, cfg), sample_times(draws, cfg)
@@ -225,24 +211,21 @@ def two_times(draws, cfg) -> tuple[Tensor, Tensor]:
 
 
 def adaptive(error: Tensor, p: float, c: float) -> Tensor:
-    """l / sg(l + c)^p of each sample (B,), l its mean square error (arXiv:2505.13447, Sec. 4.3).
-
-    With p > 0 samples count more alike, and the minimiser of a noisy l is a mean only where noise averages
-    out over many pixels: use p = 0 for points.
-    """
+    """l / sg(l + c)^p of each sample (B,), l its mean square error (arXiv:2505.13447, Sec. 4.3). With p > 0
+    the minimiser is a mean only where noise averages out over many pixels: p = 0 for points."""
     square = error.square().flatten(1).mean(1)
     return square / (square.detach() + c) ** p
 
 
 def two_errors(error: Tensor, t: Tensor, r: Tensor) -> dict:
-    """Logs: the mean square error where r = t, and of the jumps; 0 where there are none."""
+    """Logs: the mean square error where r = t and of jumps; 0 where there are none."""
     square = error.detach().square().flatten(1).mean(1)
     return {name: (square * rows).sum() / rows.sum().clamp_min(1)
             for name, rows in (("flow", r == t), ("jump", r < t))}
 
 
 def flow_map(cfg) -> dict:
-    """Sampling by a network that jumps from any t to any r: its jumps are steps of the Euler solver."""
+    """Sampling by a network that jumps from any t to any r: Euler's steps are jumps."""
     return dict(solver="euler", guidance=1.0)
 
 
@@ -267,8 +250,7 @@ def ect(net, x, y, draws, cfg):
 
     paper: EDM's noise levels s and inputs x + s e, sums over pixels; here: s = t / (1 - t), x_t is that
     input over 1 + s, so its log-normal s are our logit-normal t, and means over pixels, c = 0.00054.
-    f(x, 0) = x, without which nothing ties f to the data: see `boundary`.
-    """
+    f(x, 0) = x, without which nothing ties f to the data: see `boundary`."""
     t = sample_times(draws, cfg)
     s = t / (1 - t)
     k = 1 + min(cfg.doublings - 1, math.floor(cfg.doublings * progress(draws, cfg)))
@@ -289,14 +271,13 @@ def ect(net, x, y, draws, cfg):
 def boundary(cfg, source) -> dict:
     """A network that predicts x is to give the jump f(x_t, t) = x_t where t -> 0, as one of v does anyway.
 
-    f is x_net for t > t_min and (1 - t / t_min) x_t + (t / t_min) x_net below, which fades in where noise is
-    as large as data of deviation sd: t / (1 - t) = sd. paper: the same by c_skip(s), c_out(s) of EDM.
-    """
+    f is x_net for t > t_min and (1 - t / t_min) x_t + (t / t_min) x_net below; at t_min noise is as large as
+    data of deviation sd: t / (1 - t) = sd. paper: the same by c_skip(s), c_out(s) of EDM."""
     return dict(t_min=cfg.data_std / (1 + cfg.data_std))
 
 
 def consistency_model(cfg) -> dict:
-    """Sampling by a network that jumps to the data only: there, and part of the way back by new noise."""
+    """Sampling by a network that jumps to the data only, and part of the way back by new noise."""
     return dict(solver="renoise", guidance=1.0)
 
 
@@ -320,8 +301,7 @@ def afm_D(D, x, y, draws, cfg, G):
 
         E softplus(f - d) + gp (R1 + R2) + cp E (d + f)^2,   d = D(x_r, r), f = D(jump to r, r).
 
-    R1, R2: see `flatness`. D never sees where a jump came from, or no generator could satisfy it.
-    """
+    R1, R2: see `flatness`. D never sees where a jump came from, or no generator could satisfy it."""
     s, r = jump_times(draws, cfg)
 
     e = draws.normal("noise", x.shape[1:])
@@ -340,9 +320,8 @@ def afm_D(D, x, y, draws, cfg, G):
 def afm_G(G, x, y, draws, cfg, D):
     """AFM's generator: E softplus(d - f) + ot E |jump - x_s|^2 / (s - r)   (arXiv:2511.22475, Eq. 16-19)
 
-    with |.|^2 a mean over pixels: of all maps to the data, the shortest. D's gradient is normalised
-    (`NormaliseGradient`), so that `ot` means the same for every network and size.
-    """
+    with |.|^2 a mean over pixels: of all maps to the data, the shortest. `NormaliseGradient` makes `ot` mean
+    the same for every network and size."""
     s, r = jump_times(draws, cfg)
 
     e = draws.normal("noise", x.shape[1:])
@@ -360,7 +339,7 @@ def afm_G(G, x, y, draws, cfg, D):
 
 
 def jump_times(draws, cfg) -> tuple[Tensor, Tensor]:
-    """Times (s, r) of a jump: one of nfe equal steps from 1 to 0; s ~ U(0, 1), r ~ U(0, s) if nfe = 0."""
+    """Times (s, r) of one of nfe equal jumps from 1 to 0; s ~ U(0, 1), r ~ U(0, s) if nfe = 0."""
     u = draws.uniform("time")
     if not cfg.nfe:
         return 1 - u, (1 - u) * draws.uniform("time of the jump's end")
@@ -370,11 +349,8 @@ def jump_times(draws, cfg) -> tuple[Tensor, Tensor]:
 
 def flatness(D, x: Tensor, out: Tensor, s: Tensor, r: Tensor, y: Tensor, draws, purpose: str,
              step: float = 0.01) -> Tensor:
-    """R1 (at data) or R2 (at samples): E (s - r) ((D(x + step n) - D(x)) / step)^2, n ~ N(0, I).
-
-    The mean over n is |grad_x D|^2, and more where D is curved (arXiv:2511.22475, Sec. 3.5, Eq. 20). It is
-    taken of every fourth sample of the run.
-    """
+    """R1 (at data) or R2 (at samples): E (s - r) ((D(x + step n) - D(x)) / step)^2, n ~ N(0, I). The mean
+    over n is |grad_x D|^2, and more where D is curved (arXiv:2511.22475, Sec. 3.5, Eq. 20)."""
     rows = every_fourth(draws, x.device)
     n = draws.normal(purpose, x.shape[1:])[rows]
     change = (D(x[rows] + step * n, r[rows], y[rows]) - out[rows]) / step
@@ -382,7 +358,7 @@ def flatness(D, x: Tensor, out: Tensor, s: Tensor, r: Tensor, y: Tensor, draws, 
 
 
 def every_fourth(draws, device) -> Tensor:
-    """Indices in this micro-batch of the samples whose position in the run is a multiple of 4."""
+    """Indices in this micro-batch of samples whose position in the run is a multiple of 4."""
     rows = [i for i, position in enumerate(draws.positions) if position % 4 == 0]
     return torch.tensor(rows, device=device, dtype=torch.int64)
 
@@ -391,8 +367,7 @@ class NormaliseGradient(torch.autograd.Function):
     """Identity; its gradient g is divided by the root of `square` <- 0.9 square + 0.1 |g|^2 numel, in place.
 
     Then the rms of g is 1 / numel, whatever D's scale (AFM, arXiv:2511.22475, Eq. 23, with the root of the
-    official code). `square`: a scalar tensor, 0 at first; |g|^2 is averaged over processes.
-    """
+    official code). `square`: a scalar, 0 at first; |g|^2 is averaged over processes."""
 
     @staticmethod
     def forward(ctx, x, square):
@@ -410,12 +385,12 @@ class NormaliseGradient(torch.autograd.Function):
 
 
 def ot_weight(draws, cfg) -> float:
-    """Weight of the transport cost at this step, from `ot` to `ot_end` by half a cosine over the run."""
+    """Weight of the transport cost, from `ot` to `ot_end` by half a cosine over the run."""
     return cfg.ot_end + (cfg.ot - cfg.ot_end) * 0.5 * (1 + math.cos(math.pi * progress(draws, cfg)))
 
 
 def times_of(nfe: int) -> int:
-    """Time inputs of a generator of jumps: none for one, the start for equal ones, else both."""
+    """Time inputs of a generator of jumps: none for one, the start for equal ones, or both."""
     return {0: 2, 1: 0}.get(nfe, 1)
 
 
@@ -446,9 +421,8 @@ register("afm", afm_G, afm_D, turn=lambda step, cfg: "DG"[step % 2], flags=AFM,
 def cafm_D(D, x, y, draws, cfg, G):
     """CAFM's discriminator: E (J(v) - 1)^2 + E (J(u) + 1)^2 + cp E D^2   (arXiv:2604.11521, official code)
 
-    with J(w) = <grad_x D, w> + dD/dt, for the velocities v of the data and u of the generator. As J is
-    linear in w, it learns E[v | x_t] from the random v. cp fixes D's constant.
-    """
+    with J(w) = <grad_x D, w> + dD/dt, for the velocities v of the data and u of the generator. J is linear
+    in w, so it learns E[v | x_t] from the random v. cp fixes D's constant."""
     t = sample_times(draws, cfg)
 
     e = draws.normal("noise", x.shape[1:])
@@ -467,8 +441,7 @@ def cafm_D(D, x, y, draws, cfg, G):
 def cafm_G(G, x, y, draws, cfg, D):
     """CAFM's generator: E (J(u) - 1)^2 + ot E |u|^2   (arXiv:2604.11521, official code)
 
-    with |.|^2 a mean over pixels and D's derivatives detached: the gradient by u is 2 (J(u) - 1) grad_x D.
-    """
+    with |.|^2 a mean over pixels and D's derivatives detached: the gradient by u is 2 (J(u) - 1) grad_x D."""
     t = sample_times(draws, cfg)
 
     e = draws.normal("noise", x.shape[1:])
@@ -508,20 +481,20 @@ register("cafm", cafm_G, cafm_D, turn=cafm_turn, flags=CAFM,
 
 
 def game_alarm(row: dict, first: dict, indifferent: float, won: float) -> str:
-    """What goes wrong in a game: its D has a loss as if it told nothing apart, or below which it has won."""
+    """What goes wrong in a game: D has the loss of one that tells nothing apart, or less than `won`."""
     if row["role"] != "D" or row["step"] == first["step"]:
         return ""
     if row["loss"] < won:
         return ("the discriminator wins: look at the samples, start from a flow (--init), or try a lower "
                 "--d_lr or fewer of its steps")
     if abs(row["loss"] - indifferent) < 0.01 and row.get("r1", 0.0) < 1e-3:
-        return ("the discriminator is dead, it tells nothing apart, so nothing is learned: try a higher "
-                "--d_lr, a lower --lr or times at which there is more to see")
+        return ("the discriminator is dead, it tells nothing apart: try a higher --d_lr, a lower --lr or "
+                "times at which there is more to see")
     return ""
 
 
 def growth_alarm(row: dict, first: dict, column: str) -> str:
-    """What goes wrong where targets are the network's own: this column grows."""
+    """What goes wrong where targets are the network's own: a column grows."""
     if row[column] < 2 * first[column]:
         return ""
     return (f"{column} has doubled, the targets run away: try a lower --lr, a start from a flow (--init), "
@@ -537,15 +510,15 @@ def at_least(cfg, lowest: float, *names: str) -> None:
 
 def check_jumps(cfg) -> None:
     if not 0 <= cfg.label_drop <= 1 - cfg.jumps <= 1:
-        raise ValueError(f"--jumps {cfg.jumps} --label_drop {cfg.label_drop}: labels are dropped where no "
-                         "jump is learned: expected 0 <= label_drop <= 1 - jumps <= 1")
+        raise ValueError(f"--jumps {cfg.jumps} --label_drop {cfg.label_drop}: jumps keep their labels: "
+                         "expected 0 <= label_drop <= 1 - jumps <= 1")
 
 
 def check_afm(cfg) -> None:
     at_least(cfg, 0, "nfe")
     if cfg.accumulation > 1:
-        raise ValueError(f"--accumulation {cfg.accumulation}: {cfg.loss} normalises the gradient of a whole "
-                         "batch: use --accumulation 1 and a smaller --batch or more processes")
+        raise ValueError(f"--accumulation {cfg.accumulation}: {cfg.loss} normalises the gradient of a batch: "
+                         "use --accumulation 1, a smaller --batch or more processes")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -1,6 +1,6 @@
 """The network: a DiT/SiT transformer, the discriminator, and derivatives of networks by their inputs.
 
-A network maps (x_t, t, y) to the flow's velocity at x_t, with t = 0 data and t = 1 noise. It predicts
+A network maps (x_t, t, y) to the flow's velocity at x_t; t = 0 is data, t = 1 noise. It predicts
 
     "v"   that velocity v                                         SiT (arXiv:2401.08740)
     "x"   the clean image x, and v = (x_t - x) / max(t, t_min)    arXiv:2511.13720
@@ -32,15 +32,13 @@ import data
 class DiT(nn.Module):
     """The diffusion transformer of DiT (arXiv:2212.09748) and SiT (arXiv:2401.08740).
 
-    times: 0 (a jump from noise to data), 1 (t), or 2 (t and the length t - r of a jump to r). null_class:
-    one more label, for guidance. learn_sigma: the last layer has 2 C channels as in the official files; the
-    second half is dropped. A fresh network's last layer returns 0, and its blocks are the identity
-    (adaLN-zero). Other papers' networks override methods below: see `Part`.
-    """
-    inherited = ("learn_sigma", "null_class")  # settings that a run takes over from the one it starts from
+    times: 0 (a jump from noise to data), 1 (t), or 2 (t and the length t - r of a jump to r). null_class: one
+    more label, for guidance. learn_sigma: 2 C output channels, as official files have; the second half is
+    dropped. A fresh last layer gives 0, blocks the identity (adaLN-zero). Other networks: see `Part`."""
+    inherited = ("learn_sigma", "null_class")  # settings taken over from a network to start from
     extra_tokens = 0              # tokens that a part puts in front of the image's
     guidance_conditioned = False  # whether forward takes a guidance scale after r
-    training_only = ()            # beginnings of names of weights that no other run takes over
+    training_only = ()            # weights, by the beginnings of names, that no run takes over
 
     def __init__(self, input_size=32, patch=2, channels=4, width=1152, depth=28, heads=16, mlp_ratio=4.0,
                  num_classes=1000, null_class=True, learn_sigma=False, predict="v", t_min=0.05,
@@ -51,8 +49,8 @@ class DiT(nn.Module):
         self.channels, self.patch, self.shape = channels, patch, (channels, input_size, input_size)
         self.num_classes, self.null_class, self.times = num_classes, null_class, times
         self.predict, self.t_min = predict, t_min
-        self.amp = None             # torch.bfloat16: autocast inside the network, and nowhere else
-        self.checkpointing = False  # save only the blocks' inputs for backward, compute the rest again
+        self.amp = None             # or torch.bfloat16: autocast, in the network only
+        self.checkpointing = False  # keep only blocks' inputs for backward
         self.x_embedder = PatchEmbed(channels, patch, width)
         if times:
             self.t_embedder = TimestepEmbedder(width)
@@ -65,10 +63,8 @@ class DiT(nn.Module):
         self.init_weights()
 
     def forward(self, x_t: Tensor, t: Tensor, y: Tensor, r: Tensor | None = None, *more: Tensor) -> Tensor:
-        """Velocity, float32 or wider, at x_t (B, C, h, w), times t (B,) in [0, 1], labels y (B,) int64.
-
-        With times = 2 it is the average velocity of a jump from t to r (B,).
-        """
+        """Velocity, float32 or wider, at x_t (B, C, h, w), t (B,) in [0, 1], y (B,) int64; with times = 2 the
+        average velocity of a jump from t to r (B,)."""
         with self.autocast():
             c = self.condition(t, y, r, *more)    # (B, W)
             x = self.embed(x_t) + self.pos_embed  # (B, N, W)
@@ -78,7 +74,7 @@ class DiT(nn.Module):
         return clean_velocity(out, x_t, t, self.t_min) if self.predict == "x" else out
 
     def condition(self, t: Tensor, y: Tensor, r: Tensor | None = None) -> Tensor:
-        """(B, W): the embeddings of the class and of the times. Without r, r = t."""
+        """(B, W): class and times, embedded. Without r, r = t."""
         c = self.y_embedder(y)
         if self.times:
             c = c + self.t_embedder(t)
@@ -91,7 +87,6 @@ class DiT(nn.Module):
         return self.x_embedder(x)
 
     def trunk(self, x: Tensor, c: Tensor, y: Tensor | None = None) -> Tensor:
-        """Tokens (B, N, W) through all blocks."""
         for k in range(len(self.blocks)):
             x = self.run_block(k, x, c, y)
         return x
@@ -102,7 +97,7 @@ class DiT(nn.Module):
         return self.blocks[k](x, c)
 
     def draw(self, x: Tensor, c: Tensor) -> Tensor:
-        """The image (B, C, h, w) that the last layer makes of the tokens."""
+        """The image (B, C, h, w) of the tokens."""
         return self.unpatchify(self.final_layer(x, c))[:, :self.channels]
 
     def unpatchify(self, tokens: Tensor) -> Tensor:
@@ -129,7 +124,7 @@ class DiT(nn.Module):
             if isinstance(layer, (Block, FinalLayer)):
                 nn.init.zeros_(layer.adaLN_modulation[1].weight)
         nn.init.zeros_(self.final_layer.linear.weight)
-        if self.times == 2:  # so that a flow's weights beside a fresh one of these are that flow
+        if self.times == 2:  # beside a flow's weights it is that flow
             nn.init.zeros_(self.jump_embedder.mlp[2].weight)
 
     @torch.no_grad()
@@ -137,10 +132,8 @@ class DiT(nn.Module):
         """The weights that this network takes from `given` (--init), one that is conditioned on t.
 
         With two times it is then that function for all r, as jump_embedder's own weights give 0. With fewer
-        times than `given` it is that function at fixed ones, whose embeddings move into the label table:
-        without any, the jump from t = `at` to 0 (1: a generator from noise; 0: a discriminator of images),
-        with one, the velocity.
-        """
+        than `given`, that function at fixed times, whose embeddings join the label table: with none the jump
+        from t = `at` to 0 (1: a generator; 0: a discriminator of images), with one the velocity."""
         left = given.training_only + ("t_embedder.", "jump_embedder.")[self.times:]
         weights = {k: v for k, v in given.state_dict().items() if not k.startswith(left)}
         table, at = "y_embedder.embedding_table.weight", torch.full((1,), 0.0 if self.times else at)
@@ -151,11 +144,10 @@ class DiT(nn.Module):
         return {k: v for k, v in self.state_dict().items() if k.startswith("jump_embedder.")} | weights
 
     def read(self, token: Tensor, x: Tensor, c: Tensor, y: Tensor | None = None) -> Tensor:
-        """(B, 1 + N, W): a token (W,) and behind it x (B, N, W), as they leave the last block."""
+        """(B, 1 + N, W): a token (W,), then x (B, N, W), through all blocks."""
         return self.trunk(torch.cat([token.expand(len(x), 1, -1).to(x.dtype), x], 1), c, y)
 
     def autocast(self):
-        """The context of a forward pass: autocast to `amp` where that is set."""
         return torch.autocast(self.pos_embed.device.type, self.amp) if self.amp else contextlib.nullcontext()
 
     state = property(lambda self: self.shape, doc="Shape of what the flow moves: that of the image.")
@@ -184,7 +176,7 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention with timm's parameter names."""
+    """Self-attention with timm's parameter names."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()
@@ -216,9 +208,8 @@ def attention_fused(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def attention_plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The same step by step, with all derivatives; autograd saves the weights (B, H, N, M)."""
-    weights = (q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1)
-    return weights @ v
+    """Step by step, with all derivatives; autograd saves the weights (B, H, N, M)."""
+    return (q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1) @ v
 
 
 ATTENTION = {"fused": attention_fused, "plain": attention_plain}
@@ -227,7 +218,7 @@ _backend = "fused"
 
 @contextlib.contextmanager
 def attention_backend(name: str):
-    """Select a backend of `ATTENTION` inside the with block; outside it is "fused"."""
+    """Use a backend of `ATTENTION` in the with block; outside it is "fused"."""
     global _backend
     if name not in ATTENTION:
         data.optional("attention")
@@ -240,7 +231,7 @@ def attention_backend(name: str):
 
 
 def _with_backend(backend: str, block: nn.Module, *inputs: Tensor) -> Tensor:
-    """A block under the backend of its forward pass, also when it is computed again for backward."""
+    """A block under its forward pass's backend, also when computed again for backward."""
     with attention_backend(backend):
         return block(*inputs)
 
@@ -256,7 +247,7 @@ class Mlp(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """Tokens (B, N, W) -> their patches (B, N, P P C), modulated by c (B, W)."""
+    """Tokens (B, N, W) -> patches (B, N, P P C), modulated by c (B, W)."""
 
     def __init__(self, width: int, patch: int, out_channels: int, norm: str = "layer"):
         super().__init__()
@@ -273,7 +264,7 @@ class FinalLayer(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) over the last axis, built from primitive ops."""
+    """x / rms(x) over the last axis, in primitive operations."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
@@ -284,7 +275,7 @@ NORMS = {"layer": lambda width: nn.LayerNorm(width, elementwise_affine=False, ep
 
 
 class PatchEmbed(nn.Module):
-    """Tokens (B, N, W): the P x P patches of (B, C, h, w), each embedded linearly."""
+    """Tokens (B, N, W): the P x P patches of (B, C, h, w), embedded linearly."""
 
     def __init__(self, channels: int, patch: int, width: int):
         super().__init__()
@@ -295,7 +286,7 @@ class PatchEmbed(nn.Module):
 
 
 class TimestepEmbedder(nn.Module):
-    """Times (B,) in [0, 1], unscaled as in SiT, which keeps derivatives in time smooth -> (B, W)."""
+    """Times (B,) in [0, 1], unscaled as in SiT, for smooth derivatives -> (B, W)."""
 
     def __init__(self, width: int, frequencies: int = 256):
         super().__init__()
@@ -342,10 +333,8 @@ def init_xavier_(layer: nn.Module) -> None:
 
 
 def clean_velocity(x: Tensor, x_t: Tensor, t: Tensor, t_min: float) -> Tensor:
-    """v = (x_t - x) / max(t, t_min) of the clean image x (arXiv:2511.13720, Algorithm 1, in our time).
-
-    Below t_min a step leaves noise, so sampling makes its last step from t_min (`sample.time_grid`).
-    """
+    """v = (x_t - x) / max(t, t_min) of the clean image x (arXiv:2511.13720, Algorithm 1, in our time). From
+    below t_min a step would leave noise, so sampling's last step begins there (`sample.time_grid`)."""
     return (x_t - x) / t.clamp_min(t_min).view(-1, *[1] * (x.dim() - 1))
 
 
@@ -355,10 +344,8 @@ def clean_velocity(x: Tensor, x_t: Tensor, t: Tensor, t_min: float) -> Tensor:
 class Discriminator(nn.Module):
     """A number D(x_t, t, y) for each sample: a transformer with one more token, which is read out.
 
-    As in CAFM (arXiv:2604.11521, official code): no position for the token, and no modulation or zeros in
-    the read-out, as D behind adaLN-zero's zeros would never have a gradient. A trunk with extra tokens is
-    read out of the first of these.
-    """
+    As in CAFM (arXiv:2604.11521, official code): no position for the token, and no adaLN-zero behind it,
+    whose zeros would give D no gradient. A trunk with extra tokens is read out of the first."""
 
     def __init__(self, trunk: DiT):
         super().__init__()
@@ -385,30 +372,24 @@ class Discriminator(nn.Module):
 
 
 def discriminator(config: dict, **changes) -> Discriminator:
-    """A fresh discriminator like a generator with this config, without generator_only parts."""
+    """A fresh discriminator like a generator of this config, without generator_only parts."""
     parts = [name for name in config.get("parts", []) if not part(name).generator_only]
     return Discriminator(build({**config, "parts": parts, **changes}, ignore_unknown=True))
 
 
-# ---- 3. Derivatives of a network with respect to its input ----
-#
-# One number, D: one reverse pass has its derivatives along all directions. An image, the velocity: one
-# forward-mode pass has its derivative along one direction.
+# ---- 3. Derivatives by the input: of a number in all directions (reverse mode), of an image in one ----
 
 
 def input_gradient(D, x_t: Tensor, t: Tensor, y: Tensor, create_graph: bool = True,
                    backend: str = "plain") -> tuple[Tensor, Tensor, Tensor]:
-    """D (B,), its gradient with respect to x_t (B, C, h, w), and its derivative with respect to t (B,).
-
-    create_graph: for a loss that trains D on these, by this attention backend; else they are detached, and
-    attention is fused. Samples must not see each other inside D.
-    """
+    """D (B,), its gradient by x_t (B, C, h, w), its derivative by t (B,), if no sample in D sees another.
+    create_graph: for a loss that trains D on these, by this attention backend; else detached, fused."""
     D = bare(D)
     x_t, t = x_t.detach().requires_grad_(), t.detach().requires_grad_()
     with torch.enable_grad(), attention_backend(backend if create_graph else "fused"):
         out = D(x_t, t, y)
-        gradient, slope = torch.autograd.grad(out.sum(), (x_t, t), create_graph=create_graph,
-                                              materialize_grads=True)
+        gradient, slope = torch.autograd.grad(
+            out.sum(), (x_t, t), create_graph=create_graph, materialize_grads=True)
     return (out if create_graph else out.detach()), gradient, slope
 
 
@@ -422,24 +403,19 @@ def time_derivative(net, x_t: Tensor, t: Tensor, y: Tensor, v: Tensor, *fixed: T
                     backend: str = "plain") -> tuple[Tensor, Tensor]:
     """u = net(x_t, t, y, *fixed), and du/dt = (v . grad_x) u + partial u / partial t along dx_t/dt = v.
 
-    `fixed`: further inputs such as the time r at a jump's end. Both results are detached: they are for the
-    target of a loss (MeanFlow, arXiv:2505.13447, Eq. 8).
-    """
+    `fixed`: further inputs, as a jump's end r. Both are detached, for targets (arXiv:2505.13447, Eq. 8)."""
     net = bare(net)
     if operators := data.optional("operators"):
-        operators.operators(net, x_t, t, y, *fixed)  # refuses those that torch gets wrong
+        operators.operators(net, x_t, t, y, *fixed)  # refuses what torch gets wrong
     with attention_backend(backend):
         return torch.func.jvp(lambda x_t, t: net(x_t, t, y, *fixed), (x_t, t), (v, torch.ones_like(t)))
 
 
 # ---- 4. The zoo ----
 
-# width, depth, heads
 SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}
-
-ZOO = {"glyph-S": dict(input_size=32, patch=8, channels=3, width=128, depth=4, heads=4, num_classes=10,
-                       predict="x")}
-ZOO["glyph-XS"] = ZOO["glyph-S"] | dict(width=64, depth=2)
+GLYPH = dict(input_size=32, patch=8, channels=3, heads=4, num_classes=10, predict="x")
+ZOO = {"glyph-S": GLYPH | dict(width=128, depth=4), "glyph-XS": GLYPH | dict(width=64, depth=2)}
 ZOO |= {f"SiT-{size}/{patch}": dict(patch=patch, width=width, depth=depth, heads=heads)
         for size, (width, depth, heads) in SIZES.items() for patch in (2, 4, 8)}
 
@@ -447,15 +423,14 @@ ZOO |= {f"SiT-{size}/{patch}": dict(patch=patch, width=width, depth=depth, heads
 class Part:
     """Base of the mixins of extras/ that override methods of DiT, calling super().
 
-    In a config parts=["a.B"] puts class B of extras/a.py in front of DiT. Where a part has penalties(), a
-    dict of scalars, training adds them to the loss.
-    """
-    generator_only = False  # whether a discriminator made like such a generator goes without
-    inherited = ()          # settings that a run takes over, with the part, from one that it starts from
+    In a config parts=["a.B"] puts class B of extras/a.py in front of DiT. Training adds a part's penalties(),
+    a dict of scalars, to the loss."""
+    generator_only = False  # whether a discriminator like this generator goes without
+    inherited = ()          # settings taken over, with the part, from a network to start from
 
 
 def part(name: str) -> type:
-    """The class "FILE.CLASS" of extras/, and nothing else, as such names come from checkpoints."""
+    """The class "FILE.CLASS" of extras/, and nothing else: such names come from checkpoints."""
     file, _, kind = name.partition(".")
     found = getattr(data.extra(file, f"network part {name!r}"), kind, None)
     if not (isinstance(found, type) and issubclass(found, Part) and found.__module__ == f"extras.{file}"):
@@ -464,7 +439,7 @@ def part(name: str) -> type:
 
 
 def build(config: dict, ignore_unknown: bool = False) -> DiT:
-    """The network of a config: the arguments of DiT and of the parts that config["parts"] names."""
+    """The network of a config: arguments of DiT and of the parts that config["parts"] names."""
     kinds = [part(name) for name in config.get("parts", [])]
     kind = type("".join(kind.__name__ for kind in kinds) + "DiT", (*kinds, DiT), {})
     known = {name for base in kind.__mro__ if base not in nn.Module.__mro__
@@ -484,7 +459,7 @@ def create(name: str, parts: list = (), **options) -> DiT:
 
 
 def multiply_adds(net: DiT) -> int:
-    """Multiply-adds of a forward pass of one image ("flops" in the DiT and SiT papers)."""
+    """Multiply-adds of a forward pass of one image (DiT's and SiT's "flops")."""
     from torch.utils.flop_counter import FlopCounterMode
     x, t = torch.empty(1, *net.state, device="meta"), torch.empty(1, device="meta")
     y = torch.zeros(1, dtype=torch.int64, device="meta")
@@ -510,7 +485,7 @@ def load(path, weights: str = "ema") -> nn.Module:
 
 
 def discriminator_weights(path, loss: str = "") -> dict:
-    """Weights of a checkpoint's discriminator, for this --loss where extras/official.py reads it."""
+    """Weights of a checkpoint's discriminator; others than ours, for this --loss, by extras/official.py."""
     content = read_checkpoint(path)
     if "networks" not in content:
         official = data.extra("official", f"{path}: not a checkpoint of train.py")
@@ -522,7 +497,7 @@ def discriminator_weights(path, loss: str = "") -> dict:
 
 def main(argv: list[str] | None = None) -> None:
     data.parse(data.dataclasses.make_dataclass("Config", []), argv, "Print the zoo.")
-    print(f"{'model':>10} {'parameters':>12} {'GFLOPs':>8}   (multiply-adds of a forward pass of one image)")
+    print(f"{'model':>10} {'parameters':>12} {'GFLOPs':>8}   (multiply-adds of one image)")
     for name in ZOO:
         with torch.device("meta"):
             net = create(name)
@@ -536,8 +511,7 @@ def main(argv: list[str] | None = None) -> None:
 def check_sizes(c: dict) -> None:
     """ValueError for impossible arguments of DiT."""
     if c["input_size"] % c["patch"]:
-        raise ValueError(f"images of {c['input_size']} pixels: expected a multiple of {c['patch']}, the "
-                         "patch; choose another size or patch")
+        raise ValueError(f"{c['input_size']} pixels: expected a multiple of {c['patch']}, the patch")
     if c["width"] % c["heads"] or c["width"] % 4:
         raise ValueError(f"width {c['width']} must be a multiple of 4 and of the {c['heads']} heads")
     for name, choices in dict(predict=("v", "x"), norm=tuple(NORMS), times=(0, 1, 2)).items():
@@ -546,7 +520,7 @@ def check_sizes(c: dict) -> None:
 
 
 def read_checkpoint(path) -> dict:
-    """The dict in a .pt file, on the CPU: tensors and plain values, so that nothing in it is executed."""
+    """The dict in a .pt file, on the CPU: tensors and plain values, as nothing in it is executed."""
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # DiT's own trainer saves one
             content = torch.load(path, map_location="cpu", weights_only=True)
@@ -562,7 +536,7 @@ def read_checkpoint(path) -> dict:
 
 
 def write_checkpoint(content: dict, path: Path) -> None:
-    """Write a .pt file as a temporary one that then takes its name; OSError where the disk is full."""
+    """Write a .pt file as a temporary one that then takes its name."""
     unfinished = path.with_name(path.name + ".tmp")
     try:
         torch.save(content, unfinished)
@@ -570,12 +544,12 @@ def write_checkpoint(content: dict, path: Path) -> None:
     except (OSError, RuntimeError) as error:
         unfinished.unlink(missing_ok=True)
         reason = str(error).splitlines()[0]
-        raise OSError(f"{path} could not be written ({reason}): free disk space, then --resume; the "
-                      "checkpoint before it is untouched") from error
+        raise OSError(f"{path} could not be written ({reason}), the one before is untouched: free disk "
+                      "space, then --resume") from error
 
 
 def load_weights(net: nn.Module, weights: dict, path) -> None:
-    """Strict load; a ValueError names the first keys or shapes that differ."""
+    """Strict load; a ValueError names keys or shapes that differ."""
     own = net.state_dict()
     problems = [f"{k} is missing" for k in own if k not in weights]
     problems += [f"{k} is unknown" for k in weights if k not in own]
@@ -583,16 +557,16 @@ def load_weights(net: nn.Module, weights: dict, path) -> None:
                  for k in own if k in weights and weights[k].shape != own[k].shape]
     if problems:
         more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise ValueError(f"{path}: weights of another network: {'; '.join(problems[:3])}{more}; give its "
-                         "--model, --size and data")
+        raise ValueError(f"{path}: weights of another network: {'; '.join(problems[:3])}{more}; "
+                         "give its --model, --size and data")
     net.load_state_dict(weights)
 
 
 def bare(net):
-    """The network without torch.compile's wrapper, which has no second derivative; DDP's is refused."""
+    """The network without torch.compile's wrapper, which has no second derivative."""
     if isinstance(net, nn.parallel.DistributedDataParallel):
         raise ValueError("a derivative through DistributedDataParallel misses its gradient exchange: wrap "
-                         "the module that takes the derivative (as train.Loss), not the network inside")
+                         "the module that takes it (as train.Loss), not the network inside")
     return getattr(net, "_orig_mod", net)
 
 

@@ -1,7 +1,7 @@
 """Sampling: guidance, time grids, solvers, and the command that turns a checkpoint into pictures.
 
-Noise at t = 1 flows to data at t = 0. Sample number i, with its label and all of its noise, depends on
-(seed, i) only, so batches and GPUs can be split in any way.
+Noise at t = 1 flows to data at t = 0. Sample i, its label and all of its noise depend on (seed, i) only, so
+batches and GPUs can be split in any way.
 
     python sample.py runs/glyphs                              64 samples and their labels, samples.png
     python sample.py runs/glyphs --n 50000 --out samples.npz  ADM's layout: arr_0 NHWC shuffled, arr_1 labels
@@ -26,7 +26,7 @@ from data import option
 
 
 def euler(velocity, x: Tensor, y: Tensor, times: list[float], draws=None) -> Tensor:
-    """First order, one evaluation a step; with a network of jumps, a chain of them."""
+    """First order, one evaluation a step; a chain of jumps where the network gives these."""
     for t, r in zip(times, times[1:]):
         x = x + (r - t) * velocity(x, t, y, r)
     return x
@@ -42,7 +42,7 @@ def heun(velocity, x: Tensor, y: Tensor, times: list[float], draws=None) -> Tens
 
 
 def ab2(velocity, x: Tensor, y: Tensor, times: list[float], draws=None) -> Tensor:
-    """Adams-Bashforth: second order, one evaluation a step: the last two velocities are extrapolated."""
+    """Adams-Bashforth: second order, one evaluation a step, two velocities extrapolated."""
     last_v = last_h = None
     for t, r in zip(times, times[1:]):
         v, h = velocity(x, t, y), r - t
@@ -66,7 +66,7 @@ SOLVERS = {"euler": euler, "heun": heun, "ab2": ab2, "renoise": renoise}
 @torch.no_grad()
 def sample(net, e: Tensor, y: Tensor, steps: int, solver: str = "euler", guidance=1.0, interval=(0.0, 1.0),
            shift=1.0, rho=1.0, draws: data.Draws | None = None) -> Tensor:
-    """Samples (B, C, h, w), float32 or wider, of a velocity network from noise e and labels y (B,)."""
+    """Samples (B, C, h, w), float32 or wider, of a network, from noise e and labels y (B,)."""
     solve = data.lookup(SOLVERS, solver, "solver")
     if getattr(net, "times", 1) == 0 and (steps > 1 or guidance != 1):
         raise ValueError(f"steps {steps}, guidance {guidance:g}: this network needs --steps 1 --guidance 1")
@@ -76,10 +76,8 @@ def sample(net, e: Tensor, y: Tensor, steps: int, solver: str = "euler", guidanc
 
 
 def time_grid(steps: int, shift: float = 1.0, rho: float = 1.0, end: float = 0.0) -> list[float]:
-    """Times from 1 to 0: shift u / (1 + (shift - 1) u), u = (1 - k/steps)^rho (arXiv:2403.03206, Eq. 23).
-
-    Where its last step would begin below `end`, it begins there.
-    """
+    """Times from 1 to 0: shift u / (1 + (shift - 1) u), u = (1 - k/steps)^rho (arXiv:2403.03206, Eq. 23),
+    the last step from `end` or above."""
     if steps < 1 or shift <= 0 or rho <= 0:
         raise ValueError(f"time grid of {steps} steps, shift {shift}, rho {rho}: all must be positive")
     u = (1 - torch.arange(steps + 1, dtype=torch.float64) / steps) ** rho
@@ -89,7 +87,7 @@ def time_grid(steps: int, shift: float = 1.0, rho: float = 1.0, end: float = 0.0
     return times
 
 
-INTERVAL = 0.2, 0.8  # where the commands guide: above it costs variety, below it there is little to decide
+INTERVAL = 0.2, 0.8  # where commands guide: above costs variety, below there is little to decide
 
 
 def guided(net, guidance=1.0, interval=(0.0, 1.0)):
@@ -97,9 +95,8 @@ def guided(net, guidance=1.0, interval=(0.0, 1.0)):
 
         v = v_ref + s (v_net - v_ref)
 
-    v_ref: the same network under the null label (classifier-free guidance, arXiv:2207.12598, where s = 1 is
-    none; interval: arXiv:2404.07724). A network conditioned on s gives v in one call. r: the end of a jump.
-    """
+    v_ref: the same network under the null label (classifier-free guidance, arXiv:2207.12598; s = 1: none;
+    interval: arXiv:2404.07724). A network conditioned on s gives v in one call. r: the end of a jump."""
     check_guidance(net, guidance, interval)
 
     def velocity(x: Tensor, t: float, y: Tensor, r: float | None = None) -> Tensor:
@@ -119,7 +116,7 @@ def guided(net, guidance=1.0, interval=(0.0, 1.0)):
 
 
 def labels_for(n: int, num_classes: int, classes: list[int] | None = None) -> Tensor:
-    """Labels (n,) of n samples: the classes in turn, so that all are equally frequent."""
+    """Labels (n,) of n samples: the classes in turn."""
     classes = classes or list(range(num_classes))
     if wrong := [k for k in classes if not 0 <= k < num_classes]:
         raise ValueError(f"class {wrong[0]}: this network knows the classes 0 .. {num_classes - 1}")
@@ -128,7 +125,7 @@ def labels_for(n: int, num_classes: int, classes: list[int] | None = None) -> Te
 
 @torch.no_grad()
 def generate(net, labels: Tensor, seed: int, batch=250, progress="", codec=None, noise=None, **options):
-    """Yield (indices, uint8 images (b, 3, h, w)) of this process's share of len(labels) samples."""
+    """Yield (indices, uint8 images (b, 3, h, w)) of this process's share of the samples."""
     device = next(net.parameters()).device
     image_shape(net, codec)  # or an error
     with tqdm(total=len(labels), desc=progress, unit="img", disable=not progress or data.rank() > 0) as bar:
@@ -143,7 +140,7 @@ def generate(net, labels: Tensor, seed: int, batch=250, progress="", codec=None,
 
 
 def image_shape(net, codec=None) -> tuple[int, int, int]:
-    """(3, h, w) of the images made of a network's output."""
+    """(3, h, w) of the images."""
     if net.shape[0] != 3 and codec is None:
         raise ValueError(f"latents of {net.shape[0]} channels: decode them by --codec latents:FILE")
     return codec.image_shape(net.shape) if codec else tuple(net.shape)
@@ -151,7 +148,7 @@ def image_shape(net, codec=None) -> tuple[int, int, int]:
 
 def describe(steps: int, solver: str, guidance: float, interval=(0.0, 1.0), shift=1.0, rho=1.0,
              conditioned: bool = False) -> str:
-    """How samples were made, in words; conditioned: the network takes the guidance scale as an input."""
+    """How samples were made; conditioned: the network takes the guidance scale."""
     text = f"{solver}, {steps} steps, {2 * steps - 1 if solver == 'heun' else steps} network evaluations"
     if shift != 1 or rho != 1:
         text += f", grid shift {shift:g} rho {rho:g}"
@@ -162,13 +159,13 @@ def describe(steps: int, solver: str, guidance: float, interval=(0.0, 1.0), shif
 
 
 def write_samples(generated, labels: Tensor, shape: tuple, out: Path, columns: int = 0) -> None:
-    """Write (indices, uint8 images) batches of all processes to a .png grid, a shuffled .npz or a folder."""
+    """Write (indices, uint8 images) of all processes to a .png grid, a shuffled .npz or a folder."""
     if out.suffix not in (".png", ".npz"):
         return write_folder(generated, labels, out)
     n, place = len(labels), torch.arange(len(labels))
     if out.suffix == ".npz":  # ADM's evaluator scores chunks of a file, which must not be sorted by class
         place = torch.randperm(n, generator=data.generator("npz order"))
-    scratch = out.with_name(out.name + ".tmp.npy")  # on disk, where processes meet: 50,000 images are large
+    scratch = out.with_name(out.name + ".tmp.npy")  # on disk, where processes meet
     out.parent.mkdir(parents=True, exist_ok=True)
     if data.rank() == 0:
         np.lib.format.open_memmap(scratch, "w+", np.uint8, (n, *shape[1:], shape[0])).flush()
@@ -190,7 +187,7 @@ def write_samples(generated, labels: Tensor, shape: tuple, out: Path, columns: i
 
 
 def write_folder(generated, labels: Tensor, out: Path) -> None:
-    """Write (indices, uint8 images) batches as PNG files, named by index and class, to a new folder."""
+    """Write (indices, uint8 images) as PNG files, named by index and class, to a new folder."""
     if any(out.glob("*.png")):
         raise ValueError(f"--out {out}: holds pictures already; name a new folder")
     out.mkdir(parents=True, exist_ok=True)
@@ -206,7 +203,7 @@ def write_folder(generated, labels: Tensor, out: Path) -> None:
 
 
 def find_checkpoint(path: str) -> Path:
-    """The checkpoint file that a path, of a file or a run folder, stands for."""
+    """The checkpoint file of a path, a file or a run folder."""
     found = Path(path) / "last.pt" if Path(path).is_dir() else Path(path)
     if not found.exists():
         raise FileNotFoundError(f"{found}: no such checkpoint; expected a .pt file, or a folder with last.pt")
@@ -214,7 +211,7 @@ def find_checkpoint(path: str) -> Path:
 
 
 def own_settings(path: Path) -> tuple[dict, dict]:
-    """Settings that samples of a checkpoint must have, and have by default: of a run of jumps, else none."""
+    """Settings that samples of a run of jumps must have, and have by default; of others, none."""
     content = model.read_checkpoint(path)
     own = content.get("sampling", {})
     return own, dict(steps=content["config"]["sample_steps"]) | own if own else {}
@@ -241,18 +238,14 @@ class Config:
 
 
 def settings(config: type, argv: list[str] | None, description: str) -> Config:
-    """The command line as a `config`, with the run's own way of sampling where it has one."""
+    """The command line as a `config`, by the run's own way of sampling, if any."""
     cfg = data.parse(config, argv, description, ("checkpoint",))
-    if not cfg.checkpoint:
-        raise ValueError("which checkpoint? python sample.py runs/glyphs (see --help)")
     check_numbers(cfg)
     own, usual = own_settings(find_checkpoint(cfg.checkpoint))
     if own:  # jumps, of any length
         usual |= dict(guidance_low=0.0, guidance_high=1.0)
     cfg = data.parse(config, argv, description, ("checkpoint",), **usual)
-    for name, value in own.items():
-        if getattr(cfg, name) != value:
-            raise ValueError(f"--{name} {getattr(cfg, name)}: fixed by the run; leave it out (it is {value})")
+    check_own(cfg, own)
     return cfg
 
 
@@ -265,7 +258,7 @@ def load(path: str, cfg, device) -> torch.nn.Module:
 
 
 def write(cfg: Config, net, device, more: str = "", noise=None) -> None:
-    """Generate and write cfg.n samples, and print how; `more` is added to that."""
+    """Write cfg.n samples, and print how; `more` is added to that."""
     labels = labels_for(cfg.n, net.num_classes, whole_numbers(cfg.classes))
     options = dict(steps=cfg.steps, solver=cfg.solver, guidance=cfg.guidance, shift=cfg.shift, rho=cfg.rho,
                    interval=(cfg.guidance_low, cfg.guidance_high))
@@ -273,8 +266,8 @@ def write(cfg: Config, net, device, more: str = "", noise=None) -> None:
     fake = generate(net, labels, cfg.seed, cfg.batch, "sampling", codec, noise, **options)
     write_samples(fake, labels, image_shape(net, codec), Path(cfg.out))
     if data.rank() == 0:
-        how = describe(conditioned=net.guidance_conditioned, **options)
-        print(f"wrote {cfg.out}: {cfg.n:,} samples, {how}{more}, {cfg.weights} weights, seed {cfg.seed}")
+        how = describe(conditioned=net.guidance_conditioned, **options) + more
+        print(f"wrote {cfg.out}: {cfg.n:,} samples, {how}, {cfg.weights} weights, seed {cfg.seed}")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -290,10 +283,18 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def check_numbers(cfg: Config) -> None:
+    if not cfg.checkpoint:
+        raise ValueError("which checkpoint? python sample.py runs/glyphs (see --help)")
     if cfg.n < 1 or cfg.batch < 1:
         raise ValueError(f"--n {cfg.n} --batch {cfg.batch}: expected at least 1")
     if cfg.out.endswith(".png") and cfg.n > 10_000:
         raise ValueError(f"--out {cfg.out}: a grid of {cfg.n:,} is too large; use .npz or a folder")
+
+
+def check_own(cfg: Config, own: dict) -> None:
+    for name, value in own.items():
+        if getattr(cfg, name) != value:
+            raise ValueError(f"--{name} {getattr(cfg, name)}: fixed by the run; leave it out (it is {value})")
 
 
 def whole_numbers(text: str) -> list[int]:
@@ -305,7 +306,7 @@ def whole_numbers(text: str) -> list[int]:
 
 def check_guidance(net, guidance: float, interval: tuple) -> None:
     if not 0 <= interval[0] <= interval[1] <= 1:
-        raise ValueError(f"guidance interval {interval}: expected 0 <= low <= high <= 1, where 1 is noise")
+        raise ValueError(f"guidance interval {interval}: expected 0 <= low <= high <= 1 (noise)")
     if getattr(net, "guidance_conditioned", False) and guidance < 1:
         raise ValueError(f"guidance {guidance:g}: this network takes at least 1")
     if guidance != 1 and not net.null_class:

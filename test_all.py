@@ -187,7 +187,7 @@ def test_data_glyphs_depend_on_the_seed_only(monkeypatch):
     assert torch.equal(x[:1100], data.glyphs(1100)[0]) and not torch.equal(x[:1000], x[1000:])
     assert not torch.equal(x[:100], data.glyphs(100, seed=1)[0])
     assert (x.flatten(2).amax(2).int() - x.flatten(2).amin(2).int()).min() >= 64
-    monkeypatch.setattr(data, "_glyph_set", lambda size, seed: data.glyphs(10, size, seed))
+    monkeypatch.setattr(data, "_glyph_set", lambda n, size, seed: data.glyphs(10, size, seed))
     assert torch.equal(data.dataset("glyphs:1", 64).item(3)[0], data.glyphs(10, 64, 1)[0][3])
 
 
@@ -1657,7 +1657,7 @@ def test_house_budgets():
             if isinstance(node, ast.FunctionDef):
                 limit = 60 if (name, node.name) == ("train", "train") else 45
                 assert node.end_lineno - node.lineno < limit, f"{name}.{node.name}: more than {limit} lines"
-    for found, limit in zip(map(sum, zip(*core.values())), (3150, 2872, 153_400, 140_050)):
+    for found, limit in zip(map(sum, zip(*core.values())), (3100, 2760, 150_000, 134_500)):
         assert found <= limit, core  # the plan: 2,950, 2,700, 150,000 and 135,000
     assert len(dataclasses.fields(train.Config)) <= 45 and model.DiT.__init__.__code__.co_argcount - 1 <= 16
     limits = dict(test_all=1800, attention=400, latents=400) | dict.fromkeys(CORE, 650)

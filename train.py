@@ -6,11 +6,11 @@
     torchrun --nproc_per_node=2 train.py ..            the same run, shared by two processes
     python train.py .. --resume                        go on where a run stopped, bit for bit
 
-A run folder holds config.json, log.jsonl, samples/, last.pt (the checkpoint) and final.json, the scores and
-how they were measured; and loss.png, where extras/curves.py is there.
+A run folder holds config.json, log.jsonl, samples/, last.pt (the checkpoint), final.json (scores and how they
+were measured), and, by extras/curves.py, loss.png.
 
-Batches, noise, times and dropped labels are functions of (seed, position in the run) alone, so restarts,
-processes and gradient accumulation change nothing but the order of sums.
+Batches, noise, times and dropped labels are functions of (seed, position in the run) alone: restarts,
+processes and accumulation change nothing but the order of sums.
 """
 import argparse
 import ast
@@ -45,7 +45,7 @@ from data import option
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """What every objective shares; `configure` adds an objective's own flags."""
+    """What objectives share; `configure` adds their own flags."""
     loss: str = option("fm", f"the objective: {', '.join(losses.LOSSES)}, of extras/, or FILE.py:NAME")
     model: str = option("glyph-S", "a network that python model.py lists")
     net: str = option("", "changes of it, such as 'depth=6 width=192'")
@@ -97,12 +97,12 @@ def config_class(loss: str) -> type:
 
 
 def configure(loss: str = "fm", **settings) -> Config:
-    """The objective's defaults, changed by `settings`."""
+    """An objective's defaults, changed by `settings`."""
     return config_class(loss)(**usual(loss, settings.get("init")) | settings | dict(loss=loss))
 
 
 def usual(loss: str, init: str | None) -> dict:
-    """The settings in which the objective differs from fm, from a flow (--init) or from scratch."""
+    """Settings in which the objective differs from fm, from a flow (--init) or from scratch."""
     objective = losses.find(loss)
     return objective.defaults | ({} if init else objective.scratch or {})
 
@@ -114,7 +114,7 @@ def learning_rate(step: int, cfg: Config, role: str = "G") -> float:
 
 
 def sampling(cfg: Config, guidance: float) -> dict:
-    """How grids and scores are sampled; a generator of jumps has its own way."""
+    """How grids and scores are sampled; jumps have their own way."""
     flow = dict(steps=cfg.sample_steps, solver=cfg.solver, guidance=guidance)
     return flow | (losses.find(cfg.loss).sampling(cfg) or dict(interval=sample.INTERVAL))
 
@@ -123,8 +123,8 @@ def sampling(cfg: Config, guidance: float) -> dict:
 
 
 def train(cfg: Config, until: int = 0) -> dict | None:
-    """What final.json holds after the run; {} where it ended at step `until`, None after a signal."""
-    # Data; a network and an optimizer for each role: G, and D if the objective is adversarial.
+    """What final.json holds; {} where the run ended at step `until`, None after a signal."""
+    # Data; a network and an optimizer for each role, G and, if adversarial, D.
     device, out, objective = data.start_processes(cfg.device), Path(cfg.out), losses.find(cfg.loss)
     check(cfg)
     source, codec = data.dataset(cfg.data, cfg.size or None), data.codec(cfg.codec, device)
@@ -150,7 +150,7 @@ def train(cfg: Config, until: int = 0) -> dict | None:
             for p, trains in ((p, name == role) for name, params in weights.items() for p in params):
                 p.requires_grad_(trains)  # the other network gets no gradient
 
-            # Gradient of the mean loss over the global batch, exchanged in the last backward pass.
+            # Gradient of the global batch's mean loss, exchanged in the last backward pass.
             values = {}
             for k, (images, labels, positions) in zip(range(cfg.accumulation), stream):
                 with processes.exchange(turn, nets, now=k + 1 == cfg.accumulation):
@@ -159,7 +159,7 @@ def train(cfg: Config, until: int = 0) -> dict | None:
                 for name, value in {"loss": loss, **logs}.items():
                     values[name] = values.get(name, 0.0) + value.detach() / cfg.accumulation
 
-            # Update of this network, and of the averaged weights after the generator's.
+            # Update of this network and, after the generator's, of the averaged weights.
             norm = nn.utils.clip_grad_norm_(weights[role], cfg.clip or math.inf)
             opt.step()
             opt.zero_grad()
@@ -185,7 +185,7 @@ def train(cfg: Config, until: int = 0) -> dict | None:
 
 
 class Loss(nn.Module):
-    """An objective and the network it trains: DDP wraps both, as one may differentiate the other."""
+    """An objective and the network it trains: DDP wraps both, for the derivatives in a loss."""
 
     def __init__(self, role: str, nets: dict, cfg: Config, source: data.Dataset):
         super().__init__()
@@ -204,7 +204,7 @@ class Loss(nn.Module):
 
 
 class Replicated:
-    """Each process holds everything; DDP averages gradients."""
+    """Each process holds all; DDP averages gradients."""
 
     def prepare(self, nets: dict, ema: nn.Module, cfg: Config) -> None:
         """Change networks before they have optimizers."""
@@ -213,14 +213,14 @@ class Replicated:
         return DistributedDataParallel(turn) if dist.is_initialized() else turn
 
     def exchange(self, turn: nn.Module, nets: dict, now: bool):
-        """A context whose backward pass exchanges gradients if now."""
+        """A context in which backward exchanges gradients if now."""
         return contextlib.nullcontext() if now or not dist.is_initialized() else turn.no_sync()
 
     def unsharded(self, net: nn.Module):
         """A context in which a process can call the network alone."""
         return contextlib.nullcontext()
 
-    # Tensors: whole on process 0, for a checkpoint; a number that all share; this process's share.
+    # Tensors: whole on process 0, for a checkpoint; a number, on all; this process's share.
     gather = plain = staticmethod(lambda x: x)
     scatter = staticmethod(lambda x, own: x)
 
@@ -245,7 +245,7 @@ def micro_batch(cfg: Config) -> int:
 
 
 def positions_from(step: int, cfg: Config):
-    """The positions in each micro-batch of this process from `step` on; processes take turns."""
+    """The positions in this process's micro-batches from `step` on."""
     size = micro_batch(cfg)
     for start in range(step * cfg.batch + data.rank() * size, cfg.steps * cfg.batch, data.world() * size):
         yield list(range(start, start + size))
@@ -261,7 +261,7 @@ def training_stream(step: int, cfg: Config, source: data.Dataset):
 
 
 def build_all(cfg: Config, source: data.Dataset, device: torch.device) -> dict:
-    """{"G": the generator, "D": a discriminator}, fresh or from --init; D from --d_init if there is one."""
+    """{"G": generator, "D": discriminator}, fresh or from --init; D from --d_init where given."""
     given = model.load(sample.find_checkpoint(cfg.init)) if cfg.init and not cfg.resume else None
     nets = {"G": build(cfg, source, given)}
     if losses.find(cfg.loss).D:
@@ -281,15 +281,14 @@ def build_all(cfg: Config, source: data.Dataset, device: torch.device) -> dict:
 
 
 def build(cfg: Config, source: data.Dataset, given: model.DiT | None = None) -> model.DiT:
-    """The generator for this data: fresh, or from `given`; when resuming, as the checkpoint has it."""
+    """The generator: fresh, from `given`, or as the checkpoint of the run that is resumed has it."""
     if cfg.resume:
         return model.build(model.read_checkpoint(Path(cfg.out) / "last.pt")["networks"]["G"]["config"])
 
     # Options: of the data, the objective, the given network, and --net.
     options = dict(input_size=source.shape[1], channels=source.shape[0], num_classes=source.num_classes)
     options |= losses.find(cfg.loss).network(cfg, source)
-    if cfg.predict:
-        options["predict"] = cfg.predict
+    options |= dict(predict=cfg.predict) if cfg.predict else {}
     if given:
         parts = [name for name in given.config["parts"] if model.part(name).inherited]
         options["parts"] = [*parts, *options.get("parts", [])]
@@ -304,20 +303,15 @@ def build(cfg: Config, source: data.Dataset, given: model.DiT | None = None) -> 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(data.fold(cfg.seed, "weights"))
         net = model.create(cfg.model, **options)
-    if given and given.predict != net.predict:
-        raise ValueError(f"--init {cfg.init}: predicts {given.predict}, this run {net.predict}: give "
-                         f"--predict {given.predict}, or a --model that predicts it")
-    if given and given.num_classes != net.num_classes:
-        data.note(f"--init knows {given.num_classes} classes, not {net.num_classes}: new label embedding")
     if given:
+        check_given(given, net, cfg)
         inherit(net, given, cfg)
     return net
 
 
 def inherit(net: model.DiT, given: model.DiT, cfg: Config, at: float = 1.0, partly: bool = False) -> None:
-    """Start from the weights of --init; a network without a time is `given` at time `at`."""
-    weights, own = net.inherit(given, at), net.state_dict()
-    table = "y_embedder.embedding_table.weight"
+    """Start from --init's weights; `at`: see `DiT.inherit`."""
+    weights, own, table = net.inherit(given, at), net.state_dict(), "y_embedder.embedding_table.weight"
     if given.num_classes != net.num_classes:
         weights[table] = own[table]
     if partly:
@@ -342,7 +336,7 @@ def save_checkpoint(out: Path, step: int, seconds: float, cfg: Config, nets, opt
 
 
 def resume(cfg: Config, source: data.Dataset, nets, opts, ema, processes) -> tuple[int, float]:
-    """(step, seconds so far) of last.pt, which is loaded into networks, optimizers and EMA."""
+    """(step, seconds so far) of last.pt, loaded into networks, optimizers and EMA."""
     path = Path(cfg.out) / "last.pt"
     content = model.read_checkpoint(path)
     check_resume(path, content, cfg, source)
@@ -366,7 +360,7 @@ def resume(cfg: Config, source: data.Dataset, nets, opts, ema, processes) -> tup
 
 
 def due(done: int, cfg: Config, ending: bool) -> tuple[bool, bool, bool]:
-    """Whether to save a checkpoint, show a sample grid, and write to the log, after step `done`."""
+    """Whether to save a checkpoint, show samples and write to the log after step `done`."""
     log_every = cfg.log_every if cfg.steps >= cfg.log_every else max(1, cfg.steps // 20)
     periods = cfg.save_every, cfg.keep_every, cfg.sample_every, log_every
     save, keep, show, write = (period != 0 and done % period == 0 for period in periods)
@@ -375,21 +369,21 @@ def due(done: int, cfg: Config, ending: bool) -> tuple[bool, bool, bool]:
 
 
 class Log:
-    """Collects the numbers of each step on the device, to wait for it only now and then."""
+    """Collects the numbers of each step on the device, which is waited for now and then."""
 
     def __init__(self, path: Path, start: int, alarm=lambda row, first: ""):
-        self.path, self.pending, self.since, self.alarm = path, [], time.perf_counter(), alarm
-        self.told = set()  # alarms
+        self.path, self.pending, self.since = path, [], time.perf_counter()
+        self.alarm, self.told = alarm, set()
         rows = [row for row in read_log(path) if row["step"] <= start]
         self.first = {row["role"]: row for row in reversed(rows)}
-        if path.exists() and data.rank() == 0:  # a resumed run repeats the lines after its checkpoint
+        if path.exists() and data.rank() == 0:  # lines after the checkpoint come again
             path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     def note(self, step: int, role: str, values: dict, lr: float) -> None:
         self.pending.append((step, role, {k: v.detach().float() for k, v in values.items()}, lr))
 
     def flush(self, cfg: Config, bar: tqdm) -> None:
-        """Write a line of means for each role; FloatingPointError for a number that is not finite."""
+        """Write a line of means for each role."""
         joined = torch.stack([v for _, _, values, _ in self.pending for v in values.values()]).cpu()
         if dist.is_initialized():
             dist.all_reduce(joined)
@@ -397,10 +391,7 @@ class Log:
         numbers, rows = iter(joined.tolist()), {}
         for step, role, values, lr in self.pending:
             row = {name: next(numbers) for name in values}
-            for name in row:
-                if not math.isfinite(row[name]):
-                    raise FloatingPointError(f"step {step}, network {role}: {name} is {row[name]}; last.pt "
-                                             "is older and sound: --resume with a lower --lr or --clip")
+            check_finite(row, step, role)
             rows.setdefault(role, []).append(row | {"lr": lr})
         seconds, self.since = time.perf_counter() - self.since, time.perf_counter()
         speed = round(len(self.pending) * cfg.batch / seconds, 1)
@@ -420,7 +411,7 @@ class Log:
 
 
 def read_log(path: Path) -> list[dict]:
-    """The lines of a .jsonl file but for one that a killed process left unfinished."""
+    """The lines of a .jsonl file, but for an unfinished one."""
     rows = []
     for line in path.read_text().splitlines() if path.exists() else []:
         with contextlib.suppress(json.JSONDecodeError):
@@ -429,12 +420,12 @@ def read_log(path: Path) -> list[dict]:
 
 
 def write_grid(ema: nn.Module, cfg: Config, path: Path, codec, source: data.Dataset) -> None:
-    """A guided sample grid of a fixed noise: a column for each of up to ten classes, or ten of one."""
+    """A guided grid of fixed noise: a column for each of up to ten classes, or ten of one."""
     if not losses.find(cfg.loss).draws_images or ema.shape[0] != 3 and codec is None:
         return
-    classes = list(range(min(10, ema.num_classes)))
-    columns = len(classes) if len(classes) > 1 else 10
-    labels = sample.labels_for(4 * columns, ema.num_classes, classes)
+    shown = min(10, ema.num_classes)
+    columns = shown if shown > 1 else 10
+    labels = sample.labels_for(4 * columns, shown)
     options = sampling(cfg, cfg.guidance if ema.null_class else 1.0)
     fake = list(sample.generate(ema, labels, cfg.seed, len(labels), codec=codec, **options))
     if losses.find(cfg.loss).D and source.shape[0] == 3:
@@ -443,12 +434,12 @@ def write_grid(ema: nn.Module, cfg: Config, path: Path, codec, source: data.Data
 
 
 def scored(cfg: Config) -> bool:
-    """Whether samples of this run are scored: FD-glyphs needs glyphs."""
+    """Whether samples are scored: FD-glyphs needs glyphs."""
     return cfg.score > 0 and cfg.data.split(":")[0] == "glyphs" and losses.find(cfg.loss).draws_images
 
 
 def score_samples(ema: nn.Module, cfg: Config, options: dict, progress: str, metrics: str = "fid") -> dict:
-    """`fid.score_glyphs` of cfg.score samples by these options of `sample.sample`, and the protocol."""
+    """`fid.score_glyphs` of cfg.score samples, made by these options, and the protocol."""
     labels = sample.labels_for(cfg.score, ema.num_classes)
     images, own = torch.empty(0, *ema.shape, dtype=torch.uint8), []  # this process's share
     for indices, part in sample.generate(ema, labels, cfg.seed + 1, progress=progress, **options):
@@ -465,13 +456,8 @@ def say(text: str) -> None:
 
 
 def report_start(cfg: Config, source: data.Dataset, net: nn.Module, device: torch.device) -> None:
-    """Write config.json, say what is trained, and prepare scores before hours of training."""
-    if source.shape[0] != 3 and not cfg.codec:
-        data.note("no --codec to decode these latents, so no pictures of samples")
-    scratch = losses.find(cfg.loss).scratch
-    if scratch is not None and not (cfg.init or cfg.resume):
-        own = ", ".join(f"{name} {getattr(cfg, name)}" for name in scratch)
-        data.note(f"{cfg.loss} is meant to start from a flow (--init RUN); from scratch: {own or 'may fail'}")
+    """Write config.json, say what is trained, and make GlyphNet before hours of training."""
+    warn_of_start(cfg, source)
     if scored(cfg):
         fid.glyph_net()
     if data.rank() == 0:
@@ -482,7 +468,7 @@ def report_start(cfg: Config, source: data.Dataset, net: nn.Module, device: torc
 
 
 def finish(ema: nn.Module, cfg: Config, seconds: float, codec, source: data.Dataset) -> dict:
-    """The last grid, and final.json with the scores: without and, for a flow, with guidance."""
+    """The last grid and final.json: scores without and, for a flow, with guidance."""
     out = Path(cfg.out)
     write_grid(ema, cfg, out / "samples" / "final.png", codec, source)
     result = dict(steps=cfg.steps, images_seen=cfg.steps * cfg.batch, training_seconds=round(seconds, 1))
@@ -503,11 +489,10 @@ def finish(ema: nn.Module, cfg: Config, seconds: float, codec, source: data.Data
 
 
 def read_settings(argv: list[str] | None, **defaults) -> Config:
-    """The settings of a command line; with --resume those of the run, changed by flags given now."""
+    """The settings of a command line; with --resume, the run's, changed by flags given now."""
     given = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    given.add_argument("--loss", default="")
-    given.add_argument("--out", default=defaults.get("out", Config.out))
-    given.add_argument("--init", default="")
+    for name, default in dict(loss="", init="", out=defaults.get("out", Config.out)).items():
+        given.add_argument(f"--{name}", default=default)
     given.add_argument("--resume", action="store_true")
     asked, _ = given.parse_known_args(argv)
     last = Path(asked.out) / "last.pt"
@@ -526,8 +511,6 @@ def main(argv: list[str] | None = None, **defaults) -> None:
     cfg = read_settings(argv, **defaults)
     try:
         train(cfg)
-    except FloatingPointError as error:
-        raise ValueError(str(error)) from error
     except KeyboardInterrupt:
         raise ValueError(f"interrupted; --resume goes on from {cfg.out}/last.pt, if any") from None
     data.stop_processes()
@@ -537,7 +520,7 @@ def main(argv: list[str] | None = None, **defaults) -> None:
 
 
 class StopSignal:
-    """SIGTERM or Ctrl-C asks to finish the step, save and leave; Ctrl-C 2 seconds later ends at once."""
+    """SIGTERM or Ctrl-C: finish the step, save and leave; Ctrl-C 2 seconds later: end at once."""
     asked = 0.0
 
     def __enter__(self):
@@ -554,15 +537,22 @@ class StopSignal:
             raise KeyboardInterrupt
 
     def on_any_process(self) -> bool:
-        """Whether any process was asked: all leave together."""
+        """Whether any process was asked."""
         asked = torch.tensor([float(self.asked > 0)])
         if dist.is_initialized():
             dist.all_reduce(asked)
         return bool(asked)
 
 
+def check_finite(row: dict, step: int, role: str) -> None:
+    for name, value in row.items():
+        if not math.isfinite(value):
+            raise ValueError(f"step {step}, network {role}: {name} is {value}; last.pt is older and sound: "
+                             "--resume with a lower --lr or --clip")
+
+
 def warn_of_sameness(fake: list, labels: Tensor, source: data.Dataset) -> None:
-    """A note where the images of a class deviate half as much as the data's: a generator without variety."""
+    """A note where the images of a class deviate half as much as the data's."""
     known, deviations = torch.as_tensor(source.labels), []
     real = [(known == k).nonzero()[:int(n), 0] for k, n in zip(*labels.unique(return_counts=True))]
     for images, classes in [*((images, labels[indices]) for indices, images in fake),
@@ -572,11 +562,20 @@ def warn_of_sameness(fake: list, labels: Tensor, source: data.Dataset) -> None:
     if len(deviations) == 2 and deviations[0] < deviations[1] / 2:  # on process 0, which has the samples
         share = deviations[0] / deviations[1]
         data.note(f"samples of a class deviate {share:.2f} times as much as the data: the generator forgets "
-                  "its noise; try a lower --lr than --d_lr, or more transport cost (--ot)")
+                  "its noise; try a lower --lr than --d_lr, or more --ot")
+
+
+def warn_of_start(cfg: Config, source: data.Dataset) -> None:
+    if source.shape[0] != 3 and not cfg.codec:
+        data.note("no --codec to decode these latents, so no pictures")
+    scratch = losses.find(cfg.loss).scratch
+    if scratch is not None and not (cfg.init or cfg.resume):
+        own = ", ".join(f"{name} {getattr(cfg, name)}" for name in scratch)
+        data.note(f"{cfg.loss} is meant to start from a flow (--init RUN); from scratch: {own or 'may fail'}")
 
 
 def check(cfg: Config) -> None:
-    """ValueError for settings that cannot work; where they do, the run folder is made."""
+    """ValueError for settings that cannot work; else the run folder is made."""
     micro_batch(cfg)
     losses.at_least(cfg, 1, "steps", "log_every", "save_every", "sample_steps")
     losses.find(cfg.loss).check(cfg)
@@ -591,10 +590,18 @@ def check(cfg: Config) -> None:
     (out / "samples").mkdir(parents=True, exist_ok=True)
 
 
+def check_given(given: model.DiT, net: model.DiT, cfg: Config) -> None:
+    if given.predict != net.predict:
+        raise ValueError(f"--init {cfg.init}: predicts {given.predict}, this run {net.predict}: give "
+                         f"--predict {given.predict}, or a --model that predicts it")
+    if given.num_classes != net.num_classes:
+        data.note(f"--init knows {given.num_classes} classes, not {net.num_classes}: new label embedding")
+
+
 def check_resume(path: Path, content: dict, cfg: Config, source: data.Dataset) -> None:
-    """ValueError where a checkpoint is not of this run; a note for each setting that has changed."""
+    """ValueError where a checkpoint is not of this run; a note of changed settings."""
     if "networks" not in content:
-        raise ValueError(f"{path}: not a checkpoint of train.py; start from its weights with --init")
+        raise ValueError(f"{path}: not a checkpoint of train.py; start from it with --init")
     objective = losses.find(cfg.loss)
     for name, old in content["config"].items():
         new = getattr(cfg, name, None)
@@ -614,7 +621,7 @@ def check_resume(path: Path, content: dict, cfg: Config, source: data.Dataset) -
 
 
 def takers(flag: str) -> str:
-    """Which objectives, of the core and of extras/, take a flag."""
+    """Which objectives take a flag."""
     for path in data.extra_file("any").parent.glob("[!_]*.py"):
         with contextlib.suppress(ValueError):  # one that lacks another
             path.stem.startswith("test") or data.extra(path.stem, flag)

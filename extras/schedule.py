@@ -135,10 +135,7 @@ def main(argv: list[str] | None = None) -> None:
     stored = Path(cfg.out) / "schedule.txt"
     if not given and not stored.exists():
         raise ValueError(f"which schedule? Give it first, as in '4000: lr=4e-4'; there is no {stored}")
-    try:
-        run(cfg, argv[0] if given else stored.read_text().strip())
-    except FloatingPointError as error:
-        raise ValueError(str(error)) from error
+    run(cfg, argv[0] if given else stored.read_text().strip())
     data.stop_processes()
 
 
