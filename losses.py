@@ -410,7 +410,7 @@ GAME_ON_POINTS = dict(batch=256, lr=1e-3, d_lr=1e-3, betas=(0.0, 0.9), decay=Fal
 
 register("afm", afm_G, afm_D, turn=lambda step, cfg: "DG"[step % 2], flags=AFM,
          alarm=lambda row, first: game_alarm(row, first, indifferent=math.log(2), won=0.05),
-         defaults=dict(steps=2400, lr=1e-4, decay="constant", beta1=0.0, beta2=0.9, weight_decay=0.01,
+         defaults=dict(steps=2400, lr=6e-5, decay="constant", beta1=0.0, beta2=0.9, weight_decay=0.01,
                        clip=0.0, ema=0.99, label_drop=0.0), scratch={},
          check=lambda cfg: check_afm(cfg), discriminator=afm_discriminator,
          network=lambda cfg, source: dict(times=times_of(cfg.nfe)),

@@ -813,7 +813,7 @@ def test_compare(tmp_path, capsys, monkeypatch):
     config = {name: checkpoint(tmp_path / name)["config"] for name in ("fm", "afm")}
     assert table["fm"]["scores"]["1"] != table["fm"]["scores"]["3"]
     assert config["afm"]["beta1"] == 0 and config["fm"]["beta1"] == 0.9
-    assert config["afm"]["d_lr"] == 3e-4 and config["afm"]["lr"] == 1e-4 and config["fm"]["lr"] == 4e-3
+    assert config["afm"]["d_lr"] == 3e-4 and config["afm"]["lr"] == 6e-5 and config["fm"]["lr"] == 4e-3
     out = capsys.readouterr().out
     assert re.search(r"\| fm \| [\d.]+ / [\d.]+ / [\d.]+ \| [\d.]+ / [\d.]+ / [\d.]+ \| \d+ \| 1.0 \|", out)
     assert re.search(r"\| afm \| [\d.]+ / [\d.]+ / [\d.]+ \|  \| \d+ \| [\d.]+ \|", out)
