@@ -1223,7 +1223,7 @@ def test_fid_two_processes_equal_one(tmp_path):
 # ---- train.py ----
 
 
-OWN = {"fm": {}, "meanflow": dict(jumps=0.5, p=0.5), "ect": {}, "afm": dict(ot=0.1, ot_end=0.1),
+OWN = {"fm": {}, "meanflow": dict(jumps=0.5, p=0.5), "ect": {}, "afm": dict(ot=0.1, ot_end=0.1, lr=5e-4),
        "cafm": dict(d_steps=2, d_warmup=1)}  # each role soon gets a step
 
 

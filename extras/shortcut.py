@@ -85,7 +85,8 @@ FLAGS = dict(jumps=option(0.5, "share of samples that learn a jump; the others l
              finest=option(32, "the shortest jumps are 1 / finest long, a power of 2"),
              omega=option(1.0, "guidance scale that the network learns; 1 is none"))
 
-losses.register("shortcut", shortcut, flags=FLAGS, defaults=losses.FROM_FLOW, scratch=losses.FROM_SCRATCH,
+losses.register("shortcut", shortcut, flags=FLAGS, defaults=losses.FROM_FLOW | dict(steps=4000),
+                scratch=losses.FROM_SCRATCH,
                 check=check_shortcut, sampling=losses.flow_map, network=lambda cfg, source: dict(times=2),
                 points=dict(steps=2500, ema=0.99))
 
