@@ -1,18 +1,19 @@
 """iMF, improved MeanFlow: a regression on the velocity, and guidance as an input (arXiv:2512.02012).
 
 Beside `meanflow` in losses.py, which takes du/dt along the sample's velocity e - x: here it is taken along
-the network's own velocity, so that the noise of e - x is in the target alone. That velocity has last blocks
-of its own (`VelocityHead`), and the network takes a guidance scale w (`Guidance`): sampling chooses it.
+the network's own velocity, so that the noise of e - x is in the target alone. With --head that velocity has
+last blocks of its own (`VelocityHead`), with --omega_max the network takes a guidance scale w (`Guidance`),
+which sampling chooses. Both are the paper's; without them, its boundary form, short runs are better.
 
-    python train.py --loss imf --out runs/imf              from scratch, or --init runs/glyphs from a flow
-    python train.py --loss imf --head 0 --omega_max 1 ..   the paper's boundary form, and no guidance
-    python sample.py runs/imf --n 100 --steps 2 --guidance 3
+    python train.py --loss imf --init runs/glyphs --out runs/imf
+    python train.py --loss imf --head 1 --omega_max 4 --init runs/glyphs --out runs/guided
+    python sample.py runs/guided --n 100 --steps 2 --guidance 3
     python -m extras.imf                                   beside meanflow on the 1-D mixture
 
 1-D mixture, seed 0, W1 in 1, 2, 4 and 50 steps: 0.075, 0.077, 0.052, 0.013 (meanflow: 0.083, 0.074, 0.047,
 0.016); rms to the exact flow map: 0.106, 0.114, 0.079, 0.031 (0.116, 0.120, 0.070, 0.039).
 
-On glyphs: extras/README.md. A step takes 2.9 of fm's time.
+On glyphs: extras/README.md. A step takes 2.9 of fm's time, with head and guidance 3.3.
 """
 import copy
 import functools
@@ -180,13 +181,13 @@ def check_imf(cfg) -> None:
 
 FLAGS = losses.JUMPS | dict(
     jumps=option(0.5, "share of samples that learn a jump; the others learn the velocity"),
-    head=option(1, "blocks that the velocity head has for itself; 0: no head, the boundary form"),
-    omega_max=option(4.0, "the network is conditioned on a guidance scale from 1 to this; 1: it is not"))
+    head=option(0, "blocks that the velocity head has for itself; 0: no head, the boundary form"),
+    omega_max=option(1.0, "the network is conditioned on a guidance scale from 1 to this; 1: it is not"))
 
 losses.register("imf", imf, flags=FLAGS, defaults=losses.FROM_FLOW, scratch=losses.FROM_SCRATCH,
                 check=check_imf, network=network,
                 sampling=lambda cfg: dict(solver="euler") if cfg.omega_max > 1 else losses.flow_map(cfg),
-                points=losses.JUMP_POINTS | dict(omega_max=1.0, kind=TwoVelocities))
+                points=losses.JUMP_POINTS | dict(head=1, kind=TwoVelocities))
 
 
 def main(argv: list[str] | None = None) -> None:

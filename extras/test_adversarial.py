@@ -847,7 +847,7 @@ OWN = {  # settings with which each role soon gets a step
     "afm_more": dict(repeats=2, augment=0.4, ot=0.1, ot_end=0.1, lr=5e-4),
     "pafm": dict(candidates=3, bank=8), "carflow": {},
     "meanflow_guided": dict(jumps=0.5, omega=0.8, kappa=0.4, time_mean=-0.4, time_std=1.0),
-    "imf": dict(jumps=0.5, time_mean=-0.4), "soflow": dict(jumps=0.5, kappa=0.5), "scm": {},
+    "imf": dict(head=1, omega_max=4.0, time_mean=-0.4), "soflow": dict(jumps=0.5, kappa=0.5), "scm": {},
     "shortcut": dict(jumps=0.5, time="uniform", omega=2.0),
     "repa": dict(encoder=SMALL_ENCODER), "reg": dict(encoder=SMALL_ENCODER)}
 SPLITS = {  # (processes, accumulation, sharded) of runs that are alike

@@ -569,7 +569,8 @@ def test_mixture_run_alone_writes_the_picture(tmp_path, capsys, monkeypatch):
 
 # ---- Runs ----
 
-OWN = {"pafm": dict(candidates=3, bank=8), "carflow": {}, "imf": dict(jumps=0.5, time_mean=-0.4, p=0.5),
+OWN = {"pafm": dict(candidates=3, bank=8), "carflow": {},
+       "imf": dict(head=1, omega_max=4.0, time_mean=-0.4, p=0.5),
        "soflow": dict(jumps=0.5, kappa=0.5), "shortcut": dict(jumps=0.5, omega=2.0), "scm": {},
        "meanflow_guided": dict(jumps=0.5, omega=0.8, kappa=0.4)}
 # (processes, accumulation, how they share a network). soflow's steps are of two images, so that a process may
@@ -665,7 +666,7 @@ def test_runs_start_from_a_flow_and_know_how_they_are_sampled(tmp_path, capsys):
         else:
             raises(lambda: sample.main([*command, "--guidance", "3"]), "--guidance 3", "it is 1")
             raises(lambda: guidance.main([*command, "--reference", str(tmp_path / "fm")]), "--reference")
-    assert train.sampling(train.configure("imf", omega_max=1.0), 1.5)["guidance"] == 1.0
+    assert train.sampling(train.configure("imf"), 1.5)["guidance"] == 1.0
 
 
 def test_refusals(tmp_path):
@@ -677,7 +678,7 @@ def test_refusals(tmp_path):
             ("soflow", dict(omega=2.0, label_drop=0.0), ("--omega 2.0", "dropped labels")),
             ("soflow", dict(jumps=0.95), ("--jumps 0.95", "--label_drop 0.1")),
             ("imf", dict(omega_max=0.5), ("--omega_max 0.5", "at least 1")),
-            ("imf", dict(label_drop=0.0), ("--omega_max 4.0", "dropped labels")),
+            ("imf", dict(omega_max=4.0, label_drop=0.0), ("--omega_max 4.0", "dropped labels")),
             ("imf", dict(jumps=0.95), ("--jumps 0.95", "--label_drop 0.1")),
             ("shortcut", dict(finest=12), ("--finest 12", "power of 2")),
             ("shortcut", dict(finest=1), ("--finest 1", "power of 2")),
@@ -689,9 +690,10 @@ def test_refusals(tmp_path):
         raises(lambda: train.train(tiny_run(tmp_path / "no", loss, **options)), *words)  # noqa: B023
     assert not (tmp_path / "no").exists()
     raises(lambda: train.train(tiny_run(tmp_path / "net", "imf", head=9)), "head of 9", "1 to 3")
-    train.train(tiny_run(tmp_path / "imf", "imf", steps=1))
+    own = dict(head=1, omega_max=4.0)
+    train.train(tiny_run(tmp_path / "imf", "imf", steps=1, **own))
     for options, words in ((dict(head=2), "--head 1"), (dict(omega_max=1.0), "--omega_max 4.0")):
-        cfg = tiny_run(tmp_path / "imf", "imf", resume=True, **options)
+        cfg = tiny_run(tmp_path / "imf", "imf", resume=True, **own | options)
         raises(lambda: train.train(cfg), words)  # noqa: B023
     assert checkpoint(tmp_path / "imf")["networks"]["G"]["config"]["velocity_head"] == 1
 
@@ -702,7 +704,7 @@ def test_defaults():
     from_flow = dict(lr=1e-3, sample_steps=1, jump_time="uniform")
     for loss, settings in (
             ("pafm", dict(candidates=16, bank=256, time_mean=0.8, label_drop=0.1)),
-            ("imf", dict(jumps=0.5, p=1.0, head=1, omega_max=4.0, **from_flow)),
+            ("imf", dict(jumps=0.5, p=1.0, head=0, omega_max=1.0, **from_flow)),
             ("soflow", dict(jumps=0.25, p=1.0, amp="off", omega=1.0, **from_flow)),
             ("shortcut", dict(jumps=0.5, finest=32, omega=1.0, sample_steps=1)),
             ("scm", dict(lr=1e-3, label_drop=0.0, time_mean=-1.0, time_std=1.4, data_std=0.42)),
@@ -712,5 +714,5 @@ def test_defaults():
         assert train.configure(loss).lr == (1e-3 if loss == "scm" else 4e-3), loss
         times = losses.find(loss).network(cfg, None).get("times", 1)
         assert times == (1 if loss in ("pafm", "scm") else 2), loss
-    cfg = train.configure("imf", omega_max=1.0, head=0)
+    cfg = train.configure("imf")
     assert losses.find("imf").network(cfg, None) == dict(times=2, parts=[])
