@@ -4,11 +4,11 @@
 
 W1 in 1, 2, 4 and 50 steps of sampling, seed 0 (of cafm in 50 and of afm in 1, seeds 0 / 1):
 
-    meanflow                        0.066, 0.086, 0.039, 0.037
-    meanflow, no jumps              1.016, 0.449, 0.279, 0.036      a flow: one step does not do
-    meanflow, p = 1                 0.207, 0.220, 0.226, 0.210      biased where noise does not average out
-    imf                             0.093, 0.096, 0.045, 0.029
-    imf, no head                    0.073, 0.082, 0.048, 0.038      no worse, on points
+    meanflow                        0.083, 0.074, 0.047, 0.016
+    meanflow, no jumps              0.968, 0.236, 0.184, 0.029      a flow: one step does not do
+    meanflow, p = 1                 0.184, 0.203, 0.217, 0.217      biased where noise does not average out
+    imf                             0.075, 0.077, 0.052, 0.013
+    imf, no head                    0.077, 0.067, 0.040, 0.017      no worse, on points
     cafm                            0.041 / 0.051
     cafm, 1 D step for 1 of G       0.076 / 0.086
     afm                             0.032 / 0.036

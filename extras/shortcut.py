@@ -8,10 +8,10 @@ learned is Euler's method in `finest` steps. --omega trains guidance into it, at
     python sample.py runs/shortcut --n 100 --steps 4           sampled in 1 step by default
     python -m extras.shortcut                                  beside meanflow on the 1-D mixture
 
-1-D mixture, seed 0, W1 in 1, 2, 4 and 50 steps: 0.074, 0.063, 0.038, 0.013 (meanflow: 0.066, 0.086, 0.039,
-0.037); rms to the exact flow map: 0.115, 0.101, 0.077, 0.039 (0.101, 0.126, 0.057, 0.063).
+1-D mixture, seed 0, W1 in 1, 2, 4 and 50 steps: 0.074, 0.063, 0.044, 0.022 (meanflow: 0.083, 0.074, 0.047,
+0.016); rms to the exact flow map: 0.114, 0.102, 0.085, 0.046 (0.116, 0.120, 0.070, 0.039).
 
-On glyphs: extras/README.md. A step takes 1.2 of fm's time with an eighth of jumps.
+On glyphs: extras/README.md. A step takes 1.2 of fm's time with an eighth of jumps, more with half.
 """
 import math
 import sys
