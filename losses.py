@@ -230,7 +230,7 @@ def flow_map(cfg) -> dict:
 
 
 JUMP_OR_FLOW = "jump or flow"  # the draw that decides it
-JUMPS = dict(jumps=option(0.25, "share of samples that learn a jump; others learn the velocity"),
+JUMPS = dict(jumps=option(0.5, "share of samples that learn a jump; others learn the velocity"),
              jump_time=option("uniform", "times of jumps' ends, of those for --time; empty: the same"),
              p=option(1.0, "a sample's loss l is divided by (l + c)^p, detached; 0: least squares"))
 FROM_FLOW = dict(steps=3000, lr=1e-3, sample_steps=1)

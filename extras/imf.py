@@ -180,7 +180,6 @@ def check_imf(cfg) -> None:
 
 
 FLAGS = losses.JUMPS | dict(
-    jumps=option(0.5, "share of samples that learn a jump; the others learn the velocity"),
     head=option(0, "blocks that the velocity head has for itself; 0: no head, the boundary form"),
     omega_max=option(1.0, "the network is conditioned on a guidance scale from 1 to this; 1: it is not"))
 

@@ -705,10 +705,10 @@ def test_defaults():
     for loss, settings in (
             ("pafm", dict(candidates=16, bank=256, time_mean=0.8, label_drop=0.1)),
             ("imf", dict(jumps=0.5, p=1.0, head=0, omega_max=1.0, **from_flow)),
-            ("soflow", dict(jumps=0.25, p=1.0, amp="off", omega=1.0, **from_flow)),
+            ("soflow", dict(jumps=0.5, p=1.0, amp="off", omega=1.0, **from_flow)),
             ("shortcut", dict(jumps=0.5, finest=32, omega=1.0, sample_steps=1)),
             ("scm", dict(lr=1e-3, label_drop=0.0, time_mean=-1.0, time_std=1.4, data_std=0.42)),
-            ("meanflow_guided", dict(jumps=0.25, p=1.0, omega=1.0, kappa=0.0, guide_until=1.0))):
+            ("meanflow_guided", dict(jumps=0.5, p=1.0, omega=1.0, kappa=0.0, guide_until=1.0))):
         cfg = train.configure(loss, init="a flow")
         assert {name: getattr(cfg, name) for name in settings} == settings, loss
         assert train.configure(loss).lr == (1e-3 if loss == "scm" else 4e-3), loss
