@@ -204,7 +204,7 @@ def two_times(draws, cfg) -> tuple[Tensor, Tensor]:
 
     paper: in its code velocities, too, have the larger of two draws; here: one, or those near the data would
     not be learned, and jumps may have their own distribution, `jump_time`."""
-    draw = data.lookup(TIMES, cfg.jump_time or cfg.time, "--jump_time")
+    draw = data.lookup(TIMES, (cfg.jump_time or cfg.time).partition(":")[0], "--jump_time")
     one, other = (draw(draws.uniform(purpose), draws, cfg) for purpose in ("jump's start", "jump's end"))
     jumps, t = is_jump(draws, cfg), sample_times(draws, cfg)
     return torch.where(jumps, torch.maximum(one, other), t), torch.where(jumps, torch.minimum(one, other), t)
