@@ -3,6 +3,7 @@
 Loss and gradients on glyph-S at batch 32, in flow-matching steps (2 CPU cores, 2026-11-21):
 
     meanflow 1.7    imf 3.3    soflow 1.1    shortcut 1.2    ect 1.3    scm 2.5
+    (a quarter of jumps, shortcut an eighth; imf with head and guidance; half are the default now)
     cafm  D 3.4, 113 MB   G 1.9, 53 MB         (D by forward mode 7.2, 164 MB; by differences 3.6, 84 MB)
     afm   D 3.0,  69 MB   G 2.1, 48 MB
     cat   D 5.2,  92 MB   G 3.1, 63 MB         a flow-matching step has 31 MB
