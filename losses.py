@@ -231,11 +231,11 @@ def flow_map(cfg) -> dict:
 
 JUMP_OR_FLOW = "jump or flow"  # the draw that decides it
 JUMPS = dict(jumps=option(0.5, "share of samples that learn a jump; others learn the velocity"),
-             jump_time=option("uniform", "times of jumps' ends, of those for --time; empty: the same"),
+             jump_time=option("uniform", "times that jumps join, one of --time's; empty: the same"),
              p=option(1.0, "a sample's loss l is divided by (l + c)^p, detached; 0: least squares"))
 FROM_FLOW = dict(steps=3000, lr=1e-3, sample_steps=1)
 FROM_SCRATCH = dict(steps=4000, lr=4e-3)
-JUMP_POINTS = dict(steps=2500, ema=0.99, p=0.0, jumps=0.5)
+JUMP_POINTS = dict(steps=2500, ema=0.99, p=0.0)
 
 register("meanflow", meanflow, flags=JUMPS, defaults=FROM_FLOW, scratch=FROM_SCRATCH, sampling=flow_map,
          check=lambda cfg: check_jumps(cfg), network=lambda cfg, source: dict(times=2), points=JUMP_POINTS)
@@ -349,8 +349,8 @@ def jump_times(draws, cfg) -> tuple[Tensor, Tensor]:
 
 def flatness(D, x: Tensor, out: Tensor, s: Tensor, r: Tensor, y: Tensor, draws, purpose: str,
              step: float = 0.01) -> Tensor:
-    """R1 (at data) or R2 (at samples): E (s - r) ((D(x + step n) - D(x)) / step)^2, n ~ N(0, I). The mean
-    over n is |grad_x D|^2, and more where D is curved (arXiv:2511.22475, Sec. 3.5, Eq. 20)."""
+    """R1 (at data) or R2 (at samples): E (s - r) ((D(x + step n) - D(x)) / step)^2, n ~ N(0, I), of every
+    fourth sample. Its mean is |grad_x D|^2, more where D is curved (arXiv:2511.22475, Sec. 3.5, Eq. 20)."""
     rows = every_fourth(draws, x.device)
     n = draws.normal(purpose, x.shape[1:])[rows]
     change = (D(x[rows] + step * n, r[rows], y[rows]) - out[rows]) / step
@@ -411,8 +411,8 @@ GAME_ON_POINTS = dict(batch=256, lr=1e-3, d_lr=1e-3, betas=(0.0, 0.9), decay=Fal
 register("afm", afm_G, afm_D, turn=lambda step, cfg: "DG"[step % 2], flags=AFM,
          alarm=lambda row, first: game_alarm(row, first, indifferent=math.log(2), won=0.05),
          defaults=dict(steps=2400, lr=6e-5, decay="constant", beta1=0.0, beta2=0.9, weight_decay=0.01,
-                       clip=0.0, ema=0.99, label_drop=0.0), scratch={},
-         check=lambda cfg: check_afm(cfg), discriminator=afm_discriminator,
+                       clip=0.0, ema=0.99, label_drop=0.0),
+         scratch={}, check=lambda cfg: check_afm(cfg), discriminator=afm_discriminator,
          network=lambda cfg, source: dict(times=times_of(cfg.nfe)),
          sampling=lambda cfg: flow_map(cfg) | (dict(steps=cfg.nfe) if cfg.nfe else {}),
          points=GAME_ON_POINTS | dict(steps=1500, ema=0.99, gp=0.05, ot=0.2, ot_end=0.05))
@@ -471,9 +471,9 @@ CAFM |= {name: option(value, ADVERSARIAL[name].metadata["help"])
 
 register("cafm", cafm_G, cafm_D, turn=cafm_turn, flags=CAFM,
          alarm=lambda row, first: game_alarm(row, first, indifferent=2.0, won=0.2),
-         scratch=dict(lr=5e-4), defaults=dict(
-             steps=6000, lr=3e-5, beta1=0.0, beta2=0.95, ema=0.99, time_mean=-0.2, time_std=1.0),
-         check=lambda cfg: at_least(cfg, 1, "d_steps"), discriminator=cafm_discriminator,
+         defaults=dict(steps=6000, lr=3e-5, beta1=0.0, beta2=0.95, ema=0.99, time_mean=-0.2, time_std=1.0),
+         scratch=dict(lr=5e-4), check=lambda cfg: at_least(cfg, 1, "d_steps"),
+         discriminator=cafm_discriminator,
          points=GAME_ON_POINTS | dict(steps=2400, ema=0.95, d_warmup=0, d_steps=4))
 
 

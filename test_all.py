@@ -1317,6 +1317,17 @@ def float64_run(folder, loss, processes, accumulation) -> Path:
     return out
 
 
+def finished(process: subprocess.Popen, folder: Path):
+    """Yields a call that gives the folder once the process has ended well; what still runs then is ended."""
+    def wait() -> Path:
+        assert process.wait(timeout=400) == 0, (folder / "output.txt").read_text()[-3000:]
+        return folder
+
+    yield wait
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def split_runs(request, tmp_path_factory):
     """A call that gives the folder of all runs of two processes, which one torchrun makes beside the first
@@ -1332,13 +1343,7 @@ def split_runs(request, tmp_path_factory):
         f"        tests.float64_run({str(folder)!r}, loss, *split)\n")
     process = start(*TWO, folder / "run.py", output=open(folder / "output.txt", "w"))
 
-    def finished() -> Path:
-        assert process.wait(timeout=400) == 0, (folder / "output.txt").read_text()[-3000:]
-        return folder
-
-    yield finished
-    if process.poll() is None:
-        os.killpg(process.pid, signal.SIGKILL)
+    yield from finished(process, folder)
 
 
 def assert_close_runs(a: Path, b: Path) -> None:

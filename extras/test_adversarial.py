@@ -5,7 +5,6 @@ import math
 import os
 import re
 import shutil
-import signal
 import sys
 from pathlib import Path
 
@@ -20,15 +19,14 @@ import losses
 import model
 import sample
 import train
-import test_all as core  # in the end: import test_all as core, and from test_all import what follows
 from extras import (afm_more, augment, cat, cat_networks, cat_stages, classifier, compare, presets, repa,
                     schedule, search, shard)
-from extras.test_formats import SMALL_ENCODER
 from extras.gaussians import Mixture
 from extras.test_core import TWO_MODES, ExactNet, Weighted, constant_G, linear_D, standard_errors
-from test_all import (HERE, SMALL_SET, TINY, assert_same_state, checkpoint, in_float64,
-                      raises, run, same, tiny, tiny_run)
-from test_all import TWO, assert_close_runs, logged, quick_draws, start
+from extras.test_formats import SMALL_ENCODER
+import test_all as core
+from test_all import (HERE, SMALL_SET, TINY, TWO, assert_close_runs, assert_same_state, checkpoint, finished,
+                      in_float64, logged, quick_draws, raises, run, same, start, tiny, tiny_run)
 
 # ---- CAT: the networks ----
 
@@ -933,13 +931,7 @@ def split_runs_of_extras(request, tmp_path_factory):
     (folder / "run.py").write_text(script)
     process = start(folder / "run.py", output=open(folder / "output.txt", "w"))
 
-    def finished() -> Path:
-        assert process.wait(timeout=400) == 0, (folder / "output.txt").read_text()[-3000:]
-        return folder
-
-    yield finished
-    if process.poll() is None:
-        os.killpg(process.pid, signal.SIGKILL)
+    yield from finished(process, folder)
 
 
 @pytest.mark.parametrize("loss", SPLITS)
