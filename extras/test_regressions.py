@@ -24,8 +24,8 @@ from extras import shortcut, soflow
 from extras.gaussians import FOUR_MODES, Mixture, exact_velocity
 from extras.test_core import (TWO_MODES, ByLabel, Given, Weighted, assert_composition, assert_same_loss,
                               of_velocity, one_step_case, oracle_gradient, standard_errors, wrong_maps)
-from test_all import (HERE, SMALL_SET, GaussianMap, assert_close_runs, assert_same_state, checkpoint, error_of,
-                      in_float64, network, on_points, raises, tiny, tiny_run)
+from test_all import (HERE, SMALL_SET, GaussianMap, assert_close_runs, assert_same_state, checkpoint,
+                      error_of, in_float64, network, on_points, raises, tiny, tiny_run)
 
 # ---- pafm ----
 
