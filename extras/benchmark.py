@@ -7,16 +7,16 @@
     checks      values and derivatives against float64, the CPU and float32    benchmark_checks.py
     run         `python train.py`: seconds, FD-glyphs, accuracy                benchmark_steps.py
     step        a training step: images/s, memory, share of the peak           benchmark_steps.py
-    roles       each role of objectives, each route to a derivative            benchmark_roles, benchmark_routes
+    roles       each role of objectives, each route to a derivative            benchmark_roles, _routes
     attention   attention alone, by each backend                               attention_table.py
     noise       the share of a step that drawing noise takes                   benchmark_steps.py
     fid         Frechet distance, InceptionV3, all scores                      benchmark_fid.py
 
 It prints a row for each measurement and writes benchmark.json: the machine, every figure, and rows as they go
-into the table of claims (extras/README.md). The most valuable come first. Each part has a share of the time, and
-what it leaves is the next one's; what there is no time for is a row that says so, as is what fails. A part is a
-process of its own: a fault of a kernel or an endless loop ends no other. "MISSED" marks a figure that is not what
-is expected of it. Under torchrun `run` and `step` share their work, and the others run on each GPU alike.
+into the table of claims (extras/README.md). The most valuable come first. Each part has a share of the time,
+and what it leaves is the next one's. What there is no time for is a row that says so, as is what fails. A
+part is a process of its own: a fault of a kernel or an endless loop ends no other. "MISSED" marks a figure
+that is not as expected. Under torchrun `run` and `step` share their work, the others run on each GPU alike.
 """
 import dataclasses
 import gc
