@@ -393,4 +393,4 @@ TRITON = types.SimpleNamespace(forward=triton_forward, backward=triton_backward)
 model.ATTENTION |= {"closed_form": attention_closed_form, "triton": attention_triton}
 
 if __name__ == "__main__":
-    data.extra("benchmark", "the table of times").main(["--only", "attention"])
+    data.run_cli(data.extra("attention_table", "the table of times").main)

@@ -11,8 +11,11 @@ the errors.
     double        the gradient of a loss on gradients
     saved MB      that autograd holds for it
 """
+import sys
+
 import torch
 
+import data
 import model
 from extras import attention
 from extras.benchmark_tools import Item, in_turn, saved_bytes
@@ -122,3 +125,12 @@ def tasks(backend: str, q, k, v, G) -> dict:
              "double": double_backward}
     known = list(calls)[:2 if backend == "fused" else 5]
     return {name: by_backend(backend, calls[name]) for name in known}
+
+
+def main(argv: list[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
+    data.extra("benchmark", "attention's times").main(["--only", "attention", *argv])
+
+
+if __name__ == "__main__":
+    data.run_cli(main)

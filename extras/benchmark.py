@@ -40,7 +40,7 @@ from extras.benchmark_report import as_line, describe, machine, plain_number, te
 PARTS = {"checks": (17, "benchmark_checks.items"),
          "run": (12, "benchmark_steps.run_items"),
          "step": (32, "benchmark_steps.step_items"),
-         "roles": (19, "benchmark_routes.items benchmark_roles.items"),
+         "roles": (19, "benchmark_routes.items benchmark_roles.items benchmark_routes.long_items"),
          "attention": (8, "attention_table.items"),
          "noise": (5, "benchmark_steps.noise_items"),
          "fid": (7, "benchmark_fid.items")}
@@ -92,9 +92,12 @@ def measured(item) -> dict:
         error = next(filter(None, errors), "")
     if error:
         return dict(name=item.name, error=error)
-    missed = [f"{name} {figures[name]}: expected {least or ''} to {most or ''}"
-              for name, (least, most) in item.bars.items() if name in figures
-              and not (least or 0) <= float(figures[name]) <= (math.inf if most is None else most)]
+    missed = []
+    for name, (least, most) in item.bars.items():
+        low, high = -math.inf if least is None else least, math.inf if most is None else most
+        if name in figures and not low <= float(figures[name]) <= high:  # nan is never within
+            words = [f"at least {least:g}"] * (least is not None) + [f"at most {most:g}"] * (most is not None)
+            missed.append(f"{name} {figures[name]}, expected {' and '.join(words)}")
     return dict(name=item.name, figures=figures) | (dict(missed=missed) if missed else {})
 
 

@@ -31,15 +31,16 @@ def items(size: str, device: torch.device) -> list[Item]:
     found = []
     if device.type == "cuda":
         found += [Item(f"against the CPU: {loss}", functools.partial(gradient_parity, loss, size, device),
-                       {"gradient": (0, 1e-3)}) for loss in CORE]
+                       {"gradient": (None, 1e-3)}) for loss in CORE]
         found += [Item("against the CPU: five steps", functools.partial(loss_parity, size, device, "cpu"),
-                       {"loss": (0, 1e-4)}),
-                  Item("against the CPU: sampling", lambda: sampling_parity(size, device), {"x": (0, 1e-4)})]
+                       {"loss": (None, 1e-4)}),
+                  Item("against the CPU: sampling", functools.partial(sampling_parity, size, device),
+                       {"x": (None, 1e-4)})]
     variants = {"bf16": dict(amp="bf16")}
     if device.type == "cuda":  # minutes on a CPU
         variants |= {"compile": dict(compile=True), "bf16 and compile": dict(amp="bf16", compile=True)}
     for name, changes in variants.items():
-        bars = {"loss": (0, 2e-2 if "amp" in changes else 1e-4), "graph breaks": (0, 0)}
+        bars = {"loss": (None, 2e-2 if "amp" in changes else 1e-4), "graph breaks": (None, 0)}
         found.append(Item(f"against float32: {name}", seconds=45.0 * ("compile" in changes), bars=bars,
                           measure=functools.partial(loss_parity, size, device, device.type, **changes)))
     for N in TOKENS[size]:
@@ -48,7 +49,7 @@ def items(size: str, device: torch.device) -> list[Item]:
                 exact = dtype == "float32" or backend in ("closed_form", "triton")
                 found.append(Item(f"attention, {N} tokens, {dtype}: {backend}",
                                   functools.partial(attention_error, backend, dtype, N, size, device),
-                                  {"error": (0, BARS[dtype])} if exact else {}))  # others round in between
+                                  {"error": (None, BARS[dtype])} if exact else {}))  # others round in between
     # Compilers last, and last of all the Triton kernels: a fault in one of these ends this part.
     return sorted(found, key=lambda item: (item.name.endswith("triton"), item.name.endswith("compile")))
 

@@ -4,6 +4,7 @@ float32, attention as two matrix products and a softmax, every modulation writte
 average as loops over tensors; no fused kernel, no autocast, no compile. The parameters have model.py's names,
 so its weights load here, and a test compares the two. `python -m extras.benchmark` calls this plain PyTorch.
 """
+import copy
 import math
 
 import torch
@@ -123,7 +124,9 @@ def plain_step(net, ema, opt, x, y, t_min=None):
 def plain_training(config: dict, x, y):
     """A function without arguments: `plain_step` of a fresh network of model.py's config on one batch."""
     names = "input_size", "patch", "channels", "width", "depth", "heads", "num_classes"
-    net, ema = (PlainDiT(*(config[name] for name in names)).to(x.device) for _ in range(2))
+    with x.device:
+        net = PlainDiT(*(config[name] for name in names)).to(x.device)
+    ema = copy.deepcopy(net)
     opt = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], foreach=False)
     net = nn.parallel.DistributedDataParallel(net) if dist.is_initialized() else net
     return lambda: plain_step(net, ema, opt, x, y, config["t_min"] if config["predict"] == "x" else None)

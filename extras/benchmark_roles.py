@@ -64,7 +64,7 @@ def role_steps(names, source, device: torch.device, batch: int, **settings) -> d
     for name in names:
         for variant, own in VARIANTS.get(name, {"": {}}).items():
             cfg = train.configure(name, batch=batch, **settings | own)
-            with contextlib.redirect_stderr(io.StringIO()):  # no advice here
+            with contextlib.redirect_stderr(io.StringIO()), device:  # no advice; weights drawn on the device
                 nets = train.build_all(cfg, source, device)
             weights = {role: [p for p in net.parameters() if p.requires_grad] for role, net in nets.items()}
             for role in nets:

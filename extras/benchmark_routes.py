@@ -24,7 +24,8 @@ SMALL = dict(patch=2, channels=4, width=384, depth=3, heads=6)
 SIZES = {  # network: config, batch, precision
     "tiny": {"width 48": (SMALL | dict(input_size=4, width=48, depth=1), 2, "float32")},
     "small": {f"width 384, {size ** 2 // 4} tokens": (SMALL | dict(input_size=size), batch, "float32")
-              for size, batch in ((8, 4), (16, 4), (32, 2), (64, 1))},
+              for size, batch in ((8, 4), (16, 4), (32, 2))},
+    "long": {"width 384, 1024 tokens": (SMALL | dict(input_size=64), 1, "float32")},
     "full": {name: (model.ZOO[name], 32, "bf16") for name in ("SiT-B/2", "SiT-XL/2")}}
 ANY = "plain", "closed_form", "triton"
 ROUTES = {"D step by double backward": ANY, "D step by two forward tangents": ANY,
@@ -40,6 +41,11 @@ def items(size: str, device: torch.device) -> list[Item]:
             for name, (_, batch, amp) in SIZES[size].items()
             for route, backends in ROUTES.items() for backend in backends
             if backend in attention_table.backends(device)]
+
+
+def long_items(size: str, device: torch.device) -> list[Item]:
+    """On a CPU, more tokens, where there is time at the end."""
+    return items("long", device) if size == "small" else []
 
 
 def route_cost(size: str, name: str, route: str, backend: str, device: torch.device) -> dict:
@@ -65,8 +71,9 @@ def build(size: str, name: str, device: torch.device) -> tuple:
     """G and D of a network's size with random weights, and the routes at random inputs."""
     config, batch, amp = SIZES[size][name]
     torch.manual_seed(0)
-    G = model.build(config).to(device)
-    D = model.discriminator(G.config, norm=G.config["norm"].replace("layer", "rms")).to(device)
+    with device:  # a GPU fills large networks faster than a CPU
+        G = model.build(config).to(device)
+        D = model.discriminator(G.config, norm=G.config["norm"].replace("layer", "rms")).to(device)
     for p in (*G.parameters(), *D.parameters()):
         if p.requires_grad:
             nn.init.normal_(p, std=0.02)  # adaLN-zero's zeros cost the same, but look odd

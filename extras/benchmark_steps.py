@@ -28,7 +28,7 @@ from extras.benchmark_tools import (Item, bfloat16_peak, in_turn, megabytes, pea
 
 # ---- 1. The default run ----
 
-RUN = {"tiny": dict(steps=2, score=0), "small": dict(steps=150, score=0), "full": {}}
+RUN = {"tiny": dict(steps=2, score=0), "small": dict(steps=100, score=0), "full": {}}
 
 
 def run_items(size: str, device: torch.device) -> list[Item]:
@@ -116,8 +116,9 @@ def make_step(name: str, batch: int, variant: str, source: data.Dataset, device:
     if variant == "plain PyTorch":
         items, labels, positions = next(train.training_stream(0, cfg, source))
         x = source.clean(items.to(device), data.Draws(cfg.seed, positions, device))
-        return plain_training(train.build_all(cfg, source, torch.device("cpu"))["G"].config, x,
-                              labels.to(device))
+        with torch.device("meta"):
+            config = train.build_all(cfg, source, torch.device("meta"))["G"].config
+        return plain_training(config, x, labels.to(device))
     step = training_step(cfg, source, device)
 
     def by_backend():
@@ -129,7 +130,8 @@ def make_step(name: str, batch: int, variant: str, source: data.Dataset, device:
 
 def training_step(cfg, source: data.Dataset, device: torch.device):
     """The step of train.py's loop on the run's first batch; noise, times and labels dropped change."""
-    nets = train.build_all(cfg, source, device)
+    with device:  # a GPU fills large networks faster than a CPU
+        nets = train.build_all(cfg, source, device)
     ema = copy.deepcopy(nets["G"]).requires_grad_(False)
     weights = [p for p in nets["G"].parameters() if p.requires_grad]
     opt = torch.optim.AdamW(weights, cfg.lr, (cfg.beta1, cfg.beta2), weight_decay=cfg.weight_decay,
