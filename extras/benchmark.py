@@ -92,13 +92,19 @@ def measured(item) -> dict:
         error = next(filter(None, errors), "")
     if error:
         return dict(name=item.name, error=error)
-    missed = []
-    for name, (least, most) in item.bars.items():
-        low, high = -math.inf if least is None else least, math.inf if most is None else most
-        if name in figures and not low <= float(figures[name]) <= high:  # nan is never within
-            words = [f"at least {least:g}"] * (least is not None) + [f"at most {most:g}"] * (most is not None)
-            missed.append(f"{name} {figures[name]}, expected {' and '.join(words)}")
+    missed = [f"{name} {figures[name]}, expected {limits(*bars)}" for name, bars in item.bars.items()
+              if name in figures and not within(float(figures[name]), *bars)]
     return dict(name=item.name, figures=figures) | (dict(missed=missed) if missed else {})
+
+
+def within(value: float, least: float | None, most: float | None) -> bool:
+    """Whether a figure is what it should be; nan never is."""
+    return (-math.inf if least is None else least) <= value <= (math.inf if most is None else most)
+
+
+def limits(least: float | None, most: float | None) -> str:
+    return " and ".join(f"at {word} {value:g}" for word, value in (("least", least), ("most", most))
+                        if value is not None)
 
 
 def agree(yes: bool) -> bool:
