@@ -106,10 +106,9 @@ def first_loss(cfg, role: str, nets: dict, source, device: torch.device) -> torc
     objective = losses.find(cfg.loss)
     images, labels = source[list(range(cfg.batch))]
     draws = HostDraws(cfg.seed, range(cfg.batch), device)
-    net = torch.compile(nets[role]) if cfg.compile else nets[role]
     others = [other for name, other in nets.items() if name != role]
     x = source.clean(images.to(device), draws)
-    return getattr(objective, role)(net, x, labels.to(device), draws, cfg, *others)[0]
+    return getattr(objective, role)(nets[role], x, labels.to(device), draws, cfg, *others)[0]
 
 
 def settings(size: str, **changes) -> tuple[dict, data.Dataset]:
@@ -144,8 +143,9 @@ def loss_parity(size: str, device: torch.device, reference: str, **changes) -> d
         nets = networks(cfg, source, where)
         weights = [p for p in nets["G"].parameters() if p.requires_grad]
         opt, values = torch.optim.AdamW(weights, 1e-3), []
+        used = dict(G=torch.compile(nets["G"]) if cfg.compile else nets["G"])
         for _ in range(5):
-            loss = first_loss(cfg, "G", nets, source, where)
+            loss = first_loss(cfg, "G", used, source, where)
             loss.backward()
             opt.step()
             opt.zero_grad()

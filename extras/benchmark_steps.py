@@ -1,8 +1,8 @@
 """Parts of `python -m extras.benchmark`: the default run, a training step, the share of it that draws noise.
 
 A training step is that of train.py's loop, on one batch: loss, gradients and their exchange, clipping, AdamW,
-the average. Each variant has all of the one before it, and is timed interleaved with plain PyTorch's step
-(benchmark_plain.py) where that fits into memory:
+the average. Each variant has all of the one before it. "x plain": how many times the speed of plain PyTorch's
+step (benchmark_plain.py), on a CPU interleaved with it, on a GPU timed before, where it fits into memory:
 
     eager    float32, plain attention         bf16      autocast to bfloat16
     fused    float32, fused attention         compile   torch.compile as well, as `train.py --compile`
@@ -53,6 +53,7 @@ def default_run(cfg) -> dict:
 
 # ---- 2. A training step ----
 
+PLAIN = "plain PyTorch"
 VARIANTS = {"eager": dict(backend="plain", amp="off"), "fused": dict(amp="off"), "bf16": dict(amp="bf16"),
             "compile": dict(amp="bf16", compile=True)}
 FLOAT32, BF16 = ("eager", "fused"), ("bf16", "compile")
@@ -66,20 +67,20 @@ STEPS = {  # network, images of a process, steps of a round, variants
 
 
 def step_items(size: str, device: torch.device) -> list[Item]:
-    items, fits = [], set()  # where plain PyTorch's step fits into memory
+    items, plain = [], {}  # seconds of plain PyTorch's step, by network and batch
     for name, batch, steps, variants in STEPS[size]:
-        for variant in ("plain PyTorch", *variants):
+        for variant in (PLAIN, *variants):
             bars = {}
             if (size, variant) == ("full", "compile"):
                 bars = {"x plain": (2, None)} | ({"of peak": (0.5, None)} if "XL" in name else {})
             slow = (90.0 if "XL" in name else 40.0) if variant == "compile" else 0.0
             items.append(Item(f"{name}, batch {batch}: {variant}", bars=bars, seconds=slow,
-                              measure=lambda args=(name, batch, steps, variant): speed(*args, device, fits)))
+                              measure=lambda args=(name, batch, steps, variant): speed(*args, device, plain)))
     names = [item.name for item in items]  # plain PyTorch at one size once
     return [item for k, item in enumerate(items) if item.name not in names[:k]]
 
 
-def speed(name: str, batch: int, steps: int, variant: str, device: torch.device, fits: set) -> dict:
+def speed(name: str, batch: int, steps: int, variant: str, device: torch.device, plain: dict) -> dict:
     """images/s of all processes, GB, share of the peak, and how many times plain PyTorch's speed."""
     def several(step):
         return lambda: [step() for _ in range(steps)] and None
@@ -91,8 +92,8 @@ def speed(name: str, batch: int, steps: int, variant: str, device: torch.device,
         calls[variant]()  # allocates the optimizer's state, compiles
         held = megabytes(device.type) - before
         gigabytes = (held + peak_megabytes(calls[variant], device.type)) / 1e3
-        if variant != "plain PyTorch" and (name, batch) in fits:
-            calls["plain PyTorch"] = several(make_step(name, batch, "plain PyTorch", source, device))
+        if device.type == "cpu":
+            calls.setdefault(PLAIN, several(make_step(name, batch, PLAIN, source, device)))
         seconds = in_turn(calls, 3, device.type)
     finally:
         if variant == "compile":
@@ -101,10 +102,9 @@ def speed(name: str, batch: int, steps: int, variant: str, device: torch.device,
     figures = {"images/s": rate, "GB": gigabytes}
     if peak := device.type == "cuda" and bfloat16_peak(torch.cuda.get_device_name()):
         figures["of peak"] = rate * training_flops(model.ZOO[name]) / (peak * data.world())
-    if variant == "plain PyTorch":
-        fits.add((name, batch))
-    elif "plain PyTorch" in calls:
-        figures["x plain"] = seconds["plain PyTorch"] / seconds[variant]
+    plain |= {(name, batch): seconds[PLAIN]} if PLAIN in seconds else {}
+    if variant != PLAIN and (name, batch) in plain:
+        figures["x plain"] = plain[name, batch] / seconds[variant]
     return figures
 
 
@@ -113,7 +113,7 @@ def make_step(name: str, batch: int, variant: str, source: data.Dataset, device:
     settings = dict(VARIANTS.get(variant, {}))
     backend = settings.pop("backend", "fused")
     cfg = train.configure("fm", model=name, batch=batch * data.world(), device=device.type, **settings)
-    if variant == "plain PyTorch":
+    if variant == PLAIN:
         items, labels, positions = next(train.training_stream(0, cfg, source))
         x = source.clean(items.to(device), data.Draws(cfg.seed, positions, device))
         with torch.device("meta"):
