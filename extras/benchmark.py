@@ -130,7 +130,8 @@ def run_parts(names: list[str], cfg, seconds: float, report: dict) -> None:
             tell(f"\n{k + 1}/{len(names)} {name}, {left:.0f} s")
             file = Path(folder, f"{name}.json")
             command = [sys.executable, "-m", "extras.benchmark", "--only", name, "--out", str(file),
-                       "--size", cfg.size, "--device", cfg.device, "--minutes", f"{left / 60 if left > 1 else -1:.4f}"]
+                       "--size", cfg.size, "--device", cfg.device,
+                       "--minutes", f"{left / 60 if left > 1 else -1:.3f}"]  # 0 would be the default
             ended = run_apart(command, left + GRACE, port=k + 1)
             found = json.loads(file.read_text()) if file.exists() else {}
             report["machine"] = report["machine"] or found.get("machine", {})
