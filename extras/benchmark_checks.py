@@ -6,6 +6,8 @@
                 training and a sampler's images against the same on the CPU
     float32     losses of five steps in bfloat16, and on a GPU compiled, against eager float32's
 
+The last two without TF32, which torch uses in convolutions (here that of the patches) unless told otherwise.
+
 On a machine with a GPU `python -m pytest -k on_a_gpu` asserts the bars.
 """
 import functools
@@ -14,6 +16,7 @@ import torch
 import torch.nn as nn
 
 import data
+import fid
 import losses
 import model
 import sample
@@ -94,7 +97,7 @@ def networks(cfg, source, device: torch.device) -> dict:
         rng = data.generator("weights", role)
         for p in net.parameters():
             if p.requires_grad:
-                nn.init.normal_(p, std=0.03, generator=rng)
+                nn.init.normal_(p, std=p[0].numel() ** -0.5 if p.dim() > 1 else 0.1, generator=rng)
         for part in net.to(device).modules():
             if isinstance(part, model.DiT):
                 part.amp = torch.bfloat16 if cfg.amp == "bf16" else None
@@ -117,17 +120,18 @@ def settings(size: str, **changes) -> tuple[dict, data.Dataset]:
     return small | dict(amp="off") | changes, data.dataset("glyphs", 32)
 
 
-def gradient_parity(loss: str, size: str, device: torch.device) -> dict:
+def gradient_parity(name: str, size: str, device: torch.device) -> dict:
     """The largest relative difference, over roles, of all gradients to those on the CPU."""
     options, source = settings(size)
-    cfg, worst = train.configure(loss, **options), []
+    cfg, worst = train.configure(name, **options), []
     for role in train.build_all(cfg, source, torch.device("cpu")):
         gradients = []
         for where in (torch.device("cpu"), device):
             nets = networks(cfg, source, where)
             weights = [p for p in nets[role].parameters() if p.requires_grad]
-            own = torch.autograd.grad(first_loss(cfg, role, nets, source, where), weights,
-                                      materialize_grads=True)
+            with fid.full_float32(where):
+                loss = first_loss(cfg, role, nets, source, where)
+                own = torch.autograd.grad(loss, weights, materialize_grads=True)
             gradients.append(torch.cat([g.flatten().cpu() for g in own]))
         worst.append((gradients[1] - gradients[0]).norm() / gradients[0].norm())
     return {"gradient": torch.stack(worst).max().item()}
@@ -145,8 +149,9 @@ def loss_parity(size: str, device: torch.device, reference: str, **changes) -> d
         opt, values = torch.optim.AdamW(weights, 1e-3), []
         used = dict(G=torch.compile(nets["G"]) if cfg.compile else nets["G"])
         for _ in range(5):
-            loss = first_loss(cfg, "G", used, source, where)
-            loss.backward()
+            with fid.full_float32(where):
+                loss = first_loss(cfg, "G", used, source, where)
+                loss.backward()
             opt.step()
             opt.zero_grad()
             values.append(loss.detach().cpu())
@@ -166,5 +171,6 @@ def sampling_parity(size: str, device: torch.device) -> dict:
     for where in (torch.device("cpu"), device):
         net = networks(cfg, source, where)["G"].eval()
         e = HostDraws(0, range(8), where).normal("noise", net.shape)
-        x.append(sample.sample(net, e, torch.arange(8, device=where), 8, "heun", 1.5).cpu())
+        with fid.full_float32(where):
+            x.append(sample.sample(net, e, torch.arange(8, device=where), 8, "heun", 1.5).cpu())
     return {"x": ((x[1] - x[0]).norm() / x[0].norm()).item()}
