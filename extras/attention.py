@@ -15,7 +15,7 @@ unasked: `with model.attention_backend("closed_form"): ...`, or `backend=` of th
 `plain` is the fastest up to some 500 tokens. All of them are right to 1e-10 in float64, 1e-5 in float32, the
 kernels to 1e-5 in Triton's interpreter, and they compile for an H100. On a GPU: not checked yet.
 
-`python -m extras.attention` prints errors, times and saved memory of each backend (attention_table.py).
+`python -m extras.attention` prints times and saved memory of each backend (attention_table.py).
 Shapes in comments: B batch, H heads, N queries, M keys, d head size, T tangents.
 """
 import math
@@ -393,4 +393,4 @@ TRITON = types.SimpleNamespace(forward=triton_forward, backward=triton_backward)
 model.ATTENTION |= {"closed_form": attention_closed_form, "triton": attention_triton}
 
 if __name__ == "__main__":
-    data.run_cli(data.extra("attention_table", "the table of errors and times").main)
+    data.run_cli(data.extra("attention_table", "the table of times").main)

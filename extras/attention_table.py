@@ -1,25 +1,60 @@
-"""Errors, times and saved memory of each attention backend: `python -m extras.attention`.
+"""Part of `python -m extras.benchmark`: times and saved memory of attention alone, by each backend.
 
-The error is the largest of the value, its gradients, two tangents, the gradients of a loss on these and the
-double backward, each relative to plain attention in float64. Times are multiples of fused forward + backward:
+Times are multiples of the forward pass of torch's fused attention, and, "/ plain", of plain attention's time
+for the same; all of these interleaved. `python -m extras.attention` prints this part; benchmark_checks.py has
+the errors.
 
+    forward       without a graph
     backward      forward + backward
     1 tangent     the forward-mode derivative along one direction, without a graph
     2 tangents    along two, and the gradient of a loss on them
     double        the gradient of a loss on gradients
-    saved         MB that autograd holds for it
+    saved MB      that autograd holds for it
 """
-import dataclasses
+import sys
 
 import torch
 
 import data
 import model
-from data import option
 from extras import attention
-from extras.benchmark import in_turn, saved_bytes
+from extras.benchmark_tools import Item, in_turn, saved_bytes
 
-SHAPES = (16, 4, 16, 32), (8, 6, 64, 64), (4, 6, 257, 72), (1, 6, 1024, 64)  # (B, H, N, d)
+SIZES = {  # dtype, shapes (B, H, N, d)
+    "tiny": (torch.float32, [(1, 2, 16, 8)]),
+    "small": (torch.float32, [(8, 6, 64, 64), (4, 6, 257, 72), (1, 6, 1024, 64)]),
+    "full": (torch.bfloat16, [(16384 // N, 16, N, d) for N in (256, 1024, 4096) for d in (64, 72)])}
+
+
+def backends(device: torch.device) -> list[str]:
+    """Those that run on this device."""
+    kernels = ["triton"] if attention.triton and device.type == "cuda" else []
+    return ["fused", "plain", "closed_form", *kernels]
+
+
+def items(size: str, device: torch.device) -> list[Item]:
+    dtype, shapes = SIZES[size]
+    return [Item(f"(B, H, N, d) = {shape}, {str(dtype)[6:]}: {backend}",
+                 lambda args=(backend, shape, dtype): costs(*args, device))
+            for shape in shapes for backend in backends(device)]
+
+
+def costs(backend: str, shape: tuple, dtype: torch.dtype, device: torch.device) -> dict:
+    """Times of a backend in fused forward passes and in plain attention's times, and MB saved."""
+    q, k, v, G = torch.randn(4, *shape, device=device, dtype=dtype).unbind()
+    own, plain = tasks(backend, q, k, v, G), tasks("plain", q, k, v, G)
+    calls = {"unit": tasks("fused", q, k, v, G)["forward"]}
+    calls |= {("own", name): own[name] for name in own}
+    calls |= {("plain", name): plain[name] for name in own if backend not in ("fused", "plain")}
+    repeated = {name: lambda call=call: [call() for _ in range(5)] and None for name, call in calls.items()}
+    seconds = in_turn(repeated, 3, device.type)
+    figures = {}
+    for name in own:
+        figures[name] = seconds["own", name] / seconds["unit"]
+        if ("plain", name) in seconds:
+            figures[f"{name} / plain"] = seconds["own", name] / seconds["plain", name]
+    saved = {"saved MB": saved_bytes(gradients(backend, q, k, v, G)) / 1e6} if backend != "fused" else {}
+    return figures | saved | {"fused forward ms": 200 * seconds["unit"]}
 
 
 def derivatives(backend: str, q, k, v, dq, dk, dv, G, U) -> dict:
@@ -48,10 +83,28 @@ def largest_error(found: dict, exact: dict) -> float:
     return torch.stack([(a - b).norm() / b.norm() for a, b in pairs]).max().item()
 
 
+def by_backend(backend: str, call):
+    def run():
+        with model.attention_backend(backend):
+            return call()
+    return run
+
+
+def gradients(backend: str, q, k, v, G):
+    """A function without arguments that gives attention's gradients, with a graph."""
+    inputs = [x.detach().requires_grad_() for x in (q, k, v)]
+    return by_backend(backend, lambda: torch.autograd.grad(
+        model.attention(*inputs), inputs, G, create_graph=True))
+
+
 def tasks(backend: str, q, k, v, G) -> dict:
-    """What is timed: name -> function without arguments. The fused backend has only the first."""
+    """What is timed: name -> function without arguments. The fused backend has only the first two."""
     inputs = [x.detach().requires_grad_() for x in (q, k, v)]
     two = torch.stack([q, v])
+
+    @torch.no_grad()
+    def forward():
+        model.attention(q, k, v)
 
     def backward():
         torch.autograd.grad(model.attention(*inputs), inputs, G)
@@ -64,55 +117,19 @@ def tasks(backend: str, q, k, v, G) -> dict:
         dO = torch.func.vmap(lambda w: torch.func.jvp(model.attention, tuple(inputs), (w, w, w))[1])(two)
         torch.autograd.grad(dO.sum(), inputs)
 
-    def gradients():
-        return torch.autograd.grad(model.attention(*inputs), inputs, G, create_graph=True)
-
     def double_backward():
-        torch.autograd.grad(gradients(), inputs, [G, G, G])
+        first = torch.autograd.grad(model.attention(*inputs), inputs, G, create_graph=True)
+        torch.autograd.grad(first, inputs, [G, G, G])
 
-    def by_backend(call):
-        def run():
-            with model.attention_backend(backend):
-                return call()
-        return run
-
-    others = () if backend == "fused" else (tangent, through_tangents, double_backward, gradients)
-    return {call.__name__: by_backend(call) for call in (backward, *others)}
-
-
-def print_table(device: str = "cpu", rounds: int = 3, shapes: tuple = SHAPES) -> None:
-    """Each backend's error, times and saved memory, for several numbers of tokens."""
-    kernels = ["triton"] if attention.triton and device == "cuda" else []
-    backends = ["fused", "plain", "closed_form", *kernels]
-    print(f"\nattention on {device}, (B, H, N, d) float32; times in fused forward + backward, median of "
-          f"{rounds} interleaved rounds")
-    print(f"{'shape':>16} {'backend':>12} {'error':>8} {'backward':>10} {'1 tangent':>10} {'2 tangents':>10} "
-          f"{'double':>10} {'saved':>10}")
-    for shape in shapes:
-        q, k, v, G = torch.randn(4, *shape, device=device).unbind()
-        dq, dk, dv, U = torch.randn(4, 2, *shape, device=device).unbind()
-        inputs = q, k, v, dq, dk, dv, G, U
-        exact = derivatives("plain", *(x.double() for x in inputs))
-        calls = {backend: tasks(backend, q, k, v, G) for backend in backends}
-        gradients = {backend: calls[backend].pop("gradients") for backend in backends[1:]}
-        timed = {(backend, name): call for backend in backends for name, call in calls[backend].items()}
-        times = in_turn(timed, rounds, device)
-        for backend in backends:
-            error = largest_error(derivatives(backend, *inputs), exact)
-            cells = [f"{times[backend, name] / times['fused', 'backward']:.2f}" for name in calls[backend]]
-            cells += [f"{saved_bytes(gradients[backend]) / 1e6:.1f}"] if backend in gradients else 4 * ["-"]
-            print(f"{str(shape):>16} {backend:>12} {error:>8.0e}" + "".join(f"{text:>11}" for text in cells))
-
-
-@dataclasses.dataclass
-class Config:
-    rounds: int = option(3, "rounds that a median is taken of")
-    device: str = option("auto", "where to run", ("auto", "cpu", "cuda"))
+    calls = {"forward": forward, "backward": backward, "1 tangent": tangent, "2 tangents": through_tangents,
+             "double": double_backward}
+    known = list(calls)[:2 if backend == "fused" else 5]
+    return {name: by_backend(backend, calls[name]) for name in known}
 
 
 def main(argv: list[str] | None = None) -> None:
-    cfg = data.parse(Config, argv, "Check and time the attention backends.")
-    print_table(data.start_processes(cfg.device).type, cfg.rounds)
+    argv = sys.argv[1:] if argv is None else argv
+    data.extra("benchmark", "attention's times").main(["--only", "attention", *argv])
 
 
 if __name__ == "__main__":

@@ -1,13 +1,8 @@
-"""Times of fid.py: the Frechet distance against scipy's sqrtm, four ways through InceptionV3, all scores.
+"""Part of `python -m extras.benchmark`: the Frechet distance, InceptionV3's features, and all scores.
 
-    python -m extras.benchmark_fid
-
-Medians of interleaved rounds in one process; scipy is used for this comparison only. Measured (2 CPU cores,
-2026-11-21): the distance at D = 2048 has an error of 3e-13 in 1.15 s, by sqrtm 5e-13 in 12.6 s, 10.9 times
-as long. Features as used on a CPU (folded normalisation, channels-last memory, eight images at once) come
-1.86 times as fast as from the network as built at batch 32 (10.0 images/s against 5.4) and 2.33 times at 64
-(11.8 against 5.1); without the eights 1.80 and 1.83; the network as built gains 1.23 to 1.32 by them too.
-All scores of 5,000 images against 5,000 take 26 s.
+The distance is compared with scipy's sqrtm where the exact value is known; scipy is used for nothing else.
+The network (random weights) takes images as it is built, or with folded normalisation and, on a CPU, in
+channels-last memory ("fast"), all at once or by eights, which fit into a CPU's cache.
 """
 import copy
 import sys
@@ -20,9 +15,20 @@ from torch import Tensor
 
 import data
 import fid
-from extras.benchmark import in_turn
+from extras.benchmark_tools import Item, in_turn
 from extras.inception import InceptionV3
 from extras.metrics import METRICS
+
+SIZES = {  # features, images at a time, images of all scores
+    "tiny": (48, 1, 0), "small": (1024, 16, 2000), "full": (2048, 64, 5000)}
+
+
+def items(size: str, device: torch.device) -> list[Item]:
+    d, batch, n = SIZES[size]
+    found = [Item(f"InceptionV3, batch {batch}", lambda: extraction(device, batch)),
+             Item(f"Frechet distance of {d} features", lambda: distance(d, device), {"error": (None, 1e-9)})]
+    scores = Item(f"all scores of {n:,} images against {n:,}", lambda: all_scores(device, n), seconds=n / 200)
+    return [*found, scores] if n else found
 
 
 def known_distance(d: int) -> tuple[Tensor, Tensor, Tensor, Tensor, float]:
@@ -43,8 +49,9 @@ def known_distance(d: int) -> tuple[Tensor, Tensor, Tensor, Tensor, float]:
     return mu1, cov1, mu2, cov1 + ec + ec.T + ece, float((mu1 - mu2).square().sum() + ece.trace())
 
 
-def benchmark_distance(d: int) -> None:
-    """Errors and times of our Frechet distance and of scipy's sqrtm, where the truth is known."""
+def distance(d: int, device: torch.device) -> dict:
+    """Errors and seconds of our Frechet distance and of scipy's sqrtm, and the seconds of its eigenvalues on
+    a GPU."""
     from scipy.linalg import sqrtm  # here, as nothing else needs scipy
     mu1, cov1, mu2, cov2, exact = known_distance(d)
 
@@ -52,16 +59,18 @@ def benchmark_distance(d: int) -> None:
         root = sqrtm((cov1 @ cov2).numpy())
         return float((mu1 - mu2).square().sum() + cov1.trace() + cov2.trace() - 2 * np.trace(root).real)
 
-    calls = dict(ours=lambda: fid.frechet_distance(mu1, cov1, mu2, cov2), sqrtm=by_sqrtm)
-    seconds = in_turn(calls, 3, "cpu")
-    print(f"Frechet distance at D = {d}, exact value {exact:.9f}, {torch.get_num_threads()} threads")
-    for name, call in calls.items():
-        print(f"  {name:6} error {call() - exact:+.1e}   {seconds[name]:7.2f} s")
-    print(f"  sqrtm takes {seconds['sqrtm'] / seconds['ours']:.1f} times as long")
+    start = time.perf_counter()
+    sqrtm_error, taken = abs(by_sqrtm() - exact), time.perf_counter() - start
+    calls = {"s": lambda: fid.frechet_distance(mu1, cov1, mu2, cov2)}
+    if device.type == "cuda":
+        on_device = cov1.to(device), cov2.to(device)
+        calls["s, eigenvalues on the GPU"] = lambda: fid.sqrt_spectrum(*on_device).sum().item()
+    return {"error": abs(calls["s"]() - exact), "sqrtm error": sqrtm_error, "sqrtm s": taken,
+            **in_turn(calls, 3, device.type)}
 
 
-def benchmark_extraction(device: torch.device, batch: int, rounds: int) -> float:
-    """Seconds an image of InceptionV3 as it is built and as it is used; the last one is returned."""
+def extraction(device: torch.device, batch: int) -> dict:
+    """Images/s of 256 x 256 pixels through InceptionV3, as it is built and as it is used."""
     with torch.random.fork_rng(devices=[]):
         plain = InceptionV3()
         for module in plain.modules():
@@ -70,21 +79,15 @@ def benchmark_extraction(device: torch.device, batch: int, rounds: int) -> float
     images = torch.randint(0, 256, (batch, 3, 256, 256), dtype=torch.uint8, device=device)
     plain = plain.to(device)
     built_8, folded, fast = copy.deepcopy(plain), copy.deepcopy(plain).fast(), copy.deepcopy(plain).fast()
-    built_8.at_once, folded.at_once = 8, sys.maxsize
-    nets = {"as built": plain, "as built, 8 at once": built_8, "folded, channels-last": folded,
-            "the same, 8 at once": fast}
+    built_8.at_once, folded.at_once, fast.at_once = 8, sys.maxsize, 8
+    nets = {"as built": plain, "as built by 8": built_8, "fast": folded, "fast by 8": fast}
     calls = {name: lambda net=net: net.extract(images)["features"].sum().item() for name, net in nets.items()}
-    seconds = in_turn(calls, rounds, device.type)
-    print(f"Feature extraction on {device}, batch {batch}, 256 x 256 pixels")
-    for name, taken in seconds.items():
-        ratio = seconds["as built"] / taken
-        print(f"  {name:22} {batch / taken:7.2f} images/s   {ratio:.2f} times as built")
-    return seconds["the same, 8 at once"] / batch
+    seconds = in_turn(calls, 3, device.type)
+    return {f"images/s {name}": batch / taken for name, taken in seconds.items()}
 
 
-def benchmark_rest(device: torch.device, n: int, per_image: float) -> None:
-    """Seconds that all scores of n images against n take once the features are there, beside those of the
-    features."""
+def all_scores(device: torch.device, n: int) -> dict:
+    """Seconds that all scores of n images against n take once the features are there."""
     net = InceptionV3().to(device)
     rows = [{key: torch.randn(n, width, generator=data.generator("rows", side)).relu()
              for key, width in net.widths.items()} for side in range(2)]
@@ -95,15 +98,4 @@ def benchmark_rest(device: torch.device, n: int, per_image: float) -> None:
             gatherer.update(outputs[key], list(range(n)))
             images.parts[key, gather] = gatherer.finish()
     fid.compare(net, *sides, list(METRICS))
-    seconds = time.perf_counter() - start
-    print(f"All scores of {n:,} images against {n:,}: {seconds:.1f} s; features {2 * n * per_image:.0f} s")
-
-
-def main() -> None:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    benchmark_distance(2048)
-    benchmark_rest(device, 5000, benchmark_extraction(device, 32, 5))
-
-
-if __name__ == "__main__":
-    data.run_cli(main)
+    return {"s": time.perf_counter() - start}

@@ -1,15 +1,10 @@
-"""What a step of each role of each objective costs: `python -m extras.benchmark_roles`.
+"""Part of `python -m extras.benchmark`: what a step of each role of each objective costs.
 
-Loss and gradients on glyph-S at batch 32, in flow-matching steps (2 CPU cores, 2026-11-21):
-
-    meanflow 1.7    imf 3.3    soflow 1.1    shortcut 1.2    ect 1.3    scm 2.5
-    (a quarter of jumps, shortcut an eighth; imf with head and guidance; half are the default now)
-    cafm  D 3.4, 113 MB   G 1.9, 53 MB         (D by forward mode 7.2, 164 MB; by differences 3.6, 84 MB)
-    afm   D 3.0,  69 MB   G 2.1, 48 MB
-    cat   D 5.2,  92 MB   G 3.1, 63 MB         a flow-matching step has 31 MB
+Loss and gradients of a whole turn in those of flow matching, with which they are interleaved, by the same
+network on the same batch, and the MB that a step needs. The derivatives alone, by every route to them, are in
+benchmark_routes.py, the figures in extras/README.md.
 """
 import contextlib
-import dataclasses
 import io
 import re
 from pathlib import Path
@@ -20,12 +15,33 @@ from torch import Tensor
 import data
 import losses
 import train
-from data import option
-from extras.benchmark import in_turn, peak_megabytes
+from extras.benchmark_tools import Item, in_turn, peak_megabytes, source_of
 
 FREE = dict(encoder=f"{__file__}:free_encoder")
 VARIANTS = {"cafm_routes": {"forward": dict(route="forward"), "finite": dict(route="finite")},
             "repa": {"": FREE}, "reg": {"": FREE}}  # where one row, with the default settings, is not enough
+CORE, MORE = ("cafm", "afm", "meanflow", "ect"), ("cafm_routes", "imf", "soflow", "shortcut", "scm")
+SIZES = {  # network, batch, precision, objectives; none: all there are
+    "tiny": [("glyph-XS", 4, "off", ("afm",))],
+    "small": [("glyph-S", 32, "off", ())],
+    "full": [("SiT-B/2", 32, "bf16", CORE), ("SiT-XL/2", 32, "bf16", CORE), ("SiT-B/2", 32, "bf16", MORE)]}
+
+
+def items(size: str, device: torch.device) -> list[Item]:
+    return [Item(f"{name}, batch {batch}, {amp.replace('off', 'float32')}: {loss}",
+                 lambda args=(loss, name, batch, amp): role_costs(*args, device))
+            for name, batch, amp, names in SIZES[size]
+            for loss in names or [loss for loss in all_objectives() if loss != "fm"]]
+
+
+def role_costs(loss: str, name: str, batch: int, amp: str, device: torch.device) -> dict:
+    """Time in flow-matching steps, and the MB that loss and gradients need, of each role of an objective."""
+    steps = role_steps(["fm", loss], source_of(name), device, batch, model=name, amp=amp)
+    times, figures = in_turn(steps, 3, device.type), {}
+    for label, step in list(steps.items())[1:]:
+        role = label.removeprefix(loss).strip()
+        figures |= {role: times[label] / times["fm G"], f"{role} MB": peak_megabytes(step, device.type)}
+    return figures | {"fm ms": 1e3 * times["fm G"], "fm MB": peak_megabytes(steps["fm G"], device.type)}
 
 
 def all_objectives() -> list[str]:
@@ -48,7 +64,7 @@ def role_steps(names, source, device: torch.device, batch: int, **settings) -> d
     for name in names:
         for variant, own in VARIANTS.get(name, {"": {}}).items():
             cfg = train.configure(name, batch=batch, **settings | own)
-            with contextlib.redirect_stderr(io.StringIO()):  # no advice here
+            with contextlib.redirect_stderr(io.StringIO()), device:  # no advice; weights drawn on the device
                 nets = train.build_all(cfg, source, device)
             weights = {role: [p for p in net.parameters() if p.requires_grad] for role, net in nets.items()}
             for role in nets:
@@ -66,40 +82,9 @@ def role_step(role: str, nets: dict, weights: dict, cfg, source, device: torch.d
     def step():
         for name, params in weights.items():
             for p in params:
-                p.requires_grad_(name == role).grad = None
+                p.requires_grad_(name == role)
         turn(items, labels, range(cfg.batch))[0].backward()
+        for p in weights[role]:
+            p.grad = None  # so that the memory before a step has none of the last one's
 
     return step
-
-
-def print_roles(cfg, device: torch.device) -> None:
-    """Time and peak memory of each role of each objective, up to its gradients, in flow-matching steps."""
-    names = cfg.losses.split(",") if cfg.losses else all_objectives()
-    source = data.dataset(cfg.data, 32)
-    steps = role_steps(["fm", *(name for name in names if name != "fm")], source, device, cfg.batch,
-                       model=cfg.model, amp="off")
-    print(f"\nloss and gradients of each role on {cfg.model}, batch {cfg.batch}, float32, on {device.type}: "
-          f"time in flow-matching\nsteps, median of {cfg.rounds} interleaved rounds, and peak memory")
-    times = in_turn(steps, cfg.rounds, device.type)
-    for name, step in steps.items():
-        memory = peak_megabytes(step, device.type)
-        print(f"{name:>22} {times[name] / times['fm G']:>7.2f} x {memory:>8.0f} MB")
-
-
-@dataclasses.dataclass
-class Config:
-    losses: str = option("", "objectives such as fm,cafm (fm is the unit); empty: all there are")
-    model: str = option("glyph-S", "a network of the zoo")
-    data: str = option("glyphs", "the images, as for train.py")
-    batch: int = option(32, "images of a step")
-    rounds: int = option(3, "rounds that a median is taken of")
-    device: str = option("auto", "where to run", ("auto", "cpu", "cuda"))
-
-
-def main(argv: list[str] | None = None) -> None:
-    cfg = data.parse(Config, argv, "Time and memory of each role of each objective.")
-    print_roles(cfg, data.start_processes(cfg.device))
-
-
-if __name__ == "__main__":
-    data.run_cli(main)

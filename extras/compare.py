@@ -22,7 +22,7 @@ import losses
 import model
 import sample
 import train
-from extras.benchmark import in_turn
+from extras.benchmark_tools import in_turn
 from extras.benchmark_roles import role_steps
 
 EVALUATIONS = 1, 2, 4, 25

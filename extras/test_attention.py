@@ -1,9 +1,8 @@
-"""Tests of attention.py, attention_table.py, cafm_routes.py and benchmark*.py."""
+"""Tests of attention.py, cafm_routes.py."""
 import functools
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -15,16 +14,14 @@ from torch.utils._pytree import tree_leaves
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before attention.py is imported: its kernels then run on a CPU
 
-import data
 import losses
 import model
 import train
-from extras import (attention, attention_table, benchmark, benchmark_roles, benchmark_routes, cafm_routes,
-                    mixture)
+from extras import attention, attention_table, benchmark_tools, cafm_routes, mixture
 from extras.test_core import Derivatives, check_parameter_gradient, naive_attention
 from extras.test_core import constant_G, linear_D
-from test_all import (HERE, SMALL_SET, TINY, cafm_loss, double_backward, golden_pair, on_points,
-                      parameters_of, quick_draws, raises, run, same, tiny, tiny_run, torchrun)
+from test_all import (HERE, TINY, cafm_loss, double_backward, golden_pair, on_points,
+                      parameters_of, quick_draws, raises, same, tiny, tiny_run, torchrun)
 
 # ---- Attention ----
 
@@ -152,7 +149,7 @@ def test_attention_saves_memory_linear_in_tokens():
     for backend in ("plain", "closed_form"):
         for N in (256, 1024, 2048):
             q, k, v, G = torch.randn(4, 1, 1, N, 16).unbind()
-            saved[backend, N] = benchmark.saved_bytes(attention_table.tasks(backend, q, k, v, G)["gradients"])
+            saved[backend, N] = benchmark_tools.saved_bytes(attention_table.gradients(backend, q, k, v, G))
     row = 4 * 2048 * 16
     assert saved["closed_form", 2048] <= 12 * row, "q, k, v, O, G and the gradients"
     for N in (1024, 2048):
@@ -160,7 +157,7 @@ def test_attention_saves_memory_linear_in_tokens():
         assert abs(growth["closed_form"] / (N / 256) - 1) < 0.01, growth
         assert growth["plain"] > 0.9 * (N / 256) ** 2, growth
     with Largest() as largest:
-        attention_table.tasks("closed_form", q, k, v, G)["double_backward"]()
+        attention_table.tasks("closed_form", q, k, v, G)["double"]()
     assert largest.numbers == attention.QUERIES * 2048
 
 
@@ -234,16 +231,6 @@ for kernel, more in ((attention.forward_kernel, {}), (attention.backward_kernel,
     command = [sys.executable, "-W", "ignore", "-c", script]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.count("kernel") == 3, done.stderr[-2000:]
-
-
-@needs_triton
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("N", [256, 257, 1024, 4096])
-def test_triton_kernels_on_a_gpu(N):
-    """The compiled kernels: everything, in float32 and bfloat16, head sizes 64, 72, 80."""
-    for d in (64, 72, 80):
-        assert attention_error("triton", torch.float32, N, N, d, 1, 2, 2, "cuda") < 2e-5, d
-        assert attention_error("triton", torch.bfloat16, N, N, d, 1, 2, 2, "cuda") < 3e-2, d
 
 
 def test_triton_refusals(monkeypatch):
@@ -441,7 +428,6 @@ def test_slopes_of_a_compiled_network():
 
 SLOPES_SCRIPT = """
 import torch, torch.nn as nn
-import data
 from extras.THIS import ROUTES, cafm_loss, parameters_of, raises, slopes_by, tiny_D
 class Step(nn.Module):  # what DDP wraps: the module that takes the derivative
     def __init__(self, net, route):
@@ -539,130 +525,3 @@ def test_cafm_routes_run_alone(tmp_path, capsys):
     cafm_routes.main(["--steps", "2", "--out", str(tmp_path / "routes.png")])
     printed = capsys.readouterr().out
     assert printed.count("cafm_routes") >= 2 and "finite" in printed and (tmp_path / "routes.png").is_file()
-
-
-# ---- Benchmarks ----
-
-
-def test_benchmark_measures():
-    """Interleaved calls, one round to warm up and the median of the others; memory that a call allocates, and
-    that autograd saves."""
-    order = []
-    calls = {name: lambda name=name: order.append(name) for name in "ab"}
-    times = benchmark.interleaved_times(calls, 3, "cpu")
-    assert order == list("ab" * 4) and [len(times[name]) for name in "ab"] == [3, 3]
-    slow = iter([0.2, 0, 0.2, 0])  # the first is the round to warm up
-    assert 0 < benchmark.in_turn({"a": lambda: time.sleep(next(slow))}, 3, "cpu")["a"] < 0.05
-    x = torch.randn(1000, requires_grad=True)
-    assert benchmark.saved_bytes(lambda: (x.exp() * x).sum()) == 2 * 4000  # exp's result and x
-    assert benchmark.saved_bytes(lambda: x[:500] * x[500:]) == 4000  # one storage
-    if os.path.exists("/proc/self/clear_refs"):
-        for numbers in (20_000_000, 10_000_000):
-            found = benchmark.peak_megabytes(lambda: torch.ones(numbers).sum(), "cpu")
-            assert 0.9 * numbers < found * 1e6 / 4 < 1.5 * numbers
-
-
-def test_benchmark_attention_table(monkeypatch, capsys):
-    """A line for each backend and shape: errors of float32, the fused backend without derivatives. Each task
-    runs with its backend."""
-    attention_table.print_table("cpu", 1, shapes=[(1, 2, 16, 8), (1, 1, 20, 8)])
-    lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
-    rows = [line.split(")")[1].split() for line in lines if line.startswith("(1")]
-    assert [row[0] for row in rows] == 2 * ["fused", "plain", "closed_form"]
-    assert all(float(row[1]) < 1e-5 for row in rows) and all(row[2] == "1.00" for row in rows[::3])
-    assert all(row[3:] == 4 * ["-"] for row in rows[::3]) and "-" not in sum(rows[1:3], [])
-    assert abs(attention_table.largest_error({"a": [torch.ones(2), torch.tensor([3., 4.4])]},
-                                             {"a": [torch.ones(2), torch.tensor([3., 4.])]}) - 0.08) < 1e-6
-    used, q = [], torch.randn(1, 1, 4, 8)
-    for name, call in list(model.ATTENTION.items()):
-        noted = lambda q, k, v, name=name, call=call: (used.append(name), call(q, k, v))[1]  # noqa: E731
-        monkeypatch.setitem(model.ATTENTION, name, noted)
-    for call in attention_table.tasks("closed_form", q, q, q, q).values():
-        call()
-    assert len(used) >= 5 and set(used) == {"closed_form"}
-
-
-def test_benchmark_routes_of_a_zoo_network(capsys):
-    """`python -m extras.benchmark_routes --model NAME` prints time and memory of every route; a wrong name
-    lists the right ones."""
-    benchmark_routes.main(["--model", "glyph-S", "--rounds", "1"])
-    printed = capsys.readouterr().out
-    assert "1.00 x" in printed and printed.count(" MB") == 8
-    raises(lambda: benchmark_routes.main(["--model", "SiT-M"]), "SiT-M", "SiT-S/2")
-
-
-def test_benchmark_routes_compute_the_same():
-    """The routes that are timed against each other have equal gradients."""
-    G, D = tiny(norm="rms"), tiny_D()
-    case = Derivatives(G)
-    x_t, v, u, t = (part.float() for part in (case.x_t, case.v, case.u, case.t))
-    steps = benchmark_routes.derivative_steps(G.float(), D, x_t, t, case.y, v, u)
-    gradients = {}
-    for name, step in steps.items():
-        for p in D.parameters():
-            p.grad = None
-        step()
-        gradients[name] = [p.grad for p in D.parameters() if p.grad is not None]
-    D_steps = [parts for name, parts in gradients.items() if name.startswith("D step")]
-    assert len(D_steps) == 4 and all(D_steps)
-    for parts in D_steps[1:]:
-        assert all((a - b).norm() <= 1e-3 * b.norm() for a, b in zip(parts, D_steps[0]))
-    assert len(parameters_of(D)) == len(D_steps[0]), "all of D trains again"
-
-
-def test_benchmark_steps(monkeypatch):
-    """The two steps that are timed move a network and its average alike; speeds are images/s of a round."""
-    cfg, found = train.configure("fm"), []
-    for step in (benchmark.our_step, benchmark.plain_step):
-        net, ema = tiny(), tiny().requires_grad_(False)
-        opt = torch.optim.SGD(parameters_of(net), 1.0)
-        x, y = torch.randn(4, 3, 8, 8, generator=data.generator("steps")), torch.arange(4)
-        step(net, ema, opt, x, y, cfg, 10 ** 6)  # late, where the average's decay is cfg.ema
-        found.append([*net.state_dict().values(), *ema.state_dict().values()])
-    assert all((a - b).abs().max() < 1e-5 for a, b in zip(*found))
-    assert any(not torch.equal(a, b) for a, b in zip(found[0], tiny().state_dict().values()))
-    ran = []
-
-    def timed(calls, rounds, device):
-        ran.extend(call() for call in calls.values())
-        return {"ours": [2.0] * rounds, "plain": [4.0] * rounds}
-
-    monkeypatch.setattr(benchmark, "interleaved_times", timed)
-    speeds = benchmark.step_speeds("tiny", 4, 2, 3, "cpu")
-    assert len(ran) == 2 and speeds["ours"].tolist() == [4.0] * 3 and speeds["plain"].tolist() == [2.0] * 3
-
-
-def test_benchmark_roles(monkeypatch, capsys):
-    """Each role of an objective has a line, in flow-matching steps; the objectives of extras/ are found; a
-    step trains its own role alone."""
-    benchmark_roles.main(["--losses", "cafm_routes,afm", "--data", str(SMALL_SET), "--batch", "4",
-                          "--rounds", "1"])
-    lines = capsys.readouterr().out.splitlines()
-    names = [line[:22].strip() for line in lines if " MB" in line]
-    assert names == ["fm G", "cafm_routes G forward", "cafm_routes D forward", "cafm_routes G finite",
-                     "cafm_routes D finite", "afm G", "afm D"], names
-    imported = []
-    monkeypatch.setattr(data, "extra", lambda name, why: imported.append(name))
-    assert set(benchmark_roles.all_objectives()) >= {"fm", "meanflow", "ect", "afm", "cafm", "cafm_routes"}
-    assert "cafm_routes" in imported and not {"attention", "benchmark", Path(__file__).stem} & set(imported)
-    monkeypatch.undo()
-    source, cfg = data.dataset(str(SMALL_SET), 32), tiny_run("unused", "afm", batch=4)
-    nets = train.build_all(cfg, source, torch.device("cpu"))
-    weights = {role: parameters_of(net) for role, net in nets.items()}
-    for role, other in ("DG", "GD", "DG"):
-        benchmark_roles.role_step(role, nets, weights, cfg, source, torch.device("cpu"))()
-        assert any(p.grad is not None for p in nets[role].parameters())
-        assert all(p.grad is None for p in nets[other].parameters())
-
-
-def test_benchmark_run_alone(monkeypatch, capsys):
-    """`python -m extras.benchmark --only NAME` prints that table; `python -m extras.attention` has one."""
-    monkeypatch.setitem(benchmark.NETWORKS, "cpu", [("tiny", 4, 1)])
-    monkeypatch.setattr(attention_table, "print_table", lambda *given: print("table", *given))
-    benchmark.main(["--only", "step", "--rounds", "1", "--device", "cpu"])
-    printed = capsys.readouterr().out
-    assert "tiny" in printed and "plain" in printed and "table" not in printed
-    benchmark.main(["--only", "attention", "--rounds", "1", "--device", "cpu"])
-    assert capsys.readouterr().out == "table cpu 1\n"
-    done = run("-m", "extras.attention", "--help")
-    assert done.returncode == 0 and "--rounds" in done.stdout, done.stderr

@@ -1,4 +1,4 @@
-"""Tests of metrics, bias, mmhm, spread, stored, inception, inception_blocks, monitor and benchmark_fid."""
+"""Tests of metrics, bias, mmhm, spread, stored, inception, inception_blocks, monitor."""
 import numpy as np
 import pytest
 import torch
@@ -8,7 +8,7 @@ from PIL import Image
 import data
 import fid
 import train
-from extras import benchmark_fid, bias, inception, inception_blocks, metrics, mmhm, monitor, spread, stored
+from extras import bias, inception, inception_blocks, metrics, mmhm, monitor, spread, stored
 from extras.files import digest
 from test_all import (CACHE, REAL, TOY, Toy, assert_same_scores, check_two_processes, error_of,
                       golden_weights, raises, rand, run, same, tiny_run, toy, values, wave, write_folder,
@@ -675,7 +675,7 @@ def test_inception_end_to_end(tmp_path, capsys):
             assert 0 < np.abs(file[cov] - want).max() < 1e-4 * np.abs(want).max()
 
 
-# ---- monitor, benchmark_fid ----
+# ---- monitor ----
 
 
 def test_monitor_scores_the_checkpoints_that_a_run_kept(tmp_path, capsys):
@@ -739,15 +739,3 @@ def test_metrics_of_a_network_conditioned_on_guidance(tmp_path):
     train.train(tiny_run(tmp_path / "imf", "imf", steps=1, omega_max=3.0))
     how = toy(str(tmp_path / "imf"), real, num=8, guidance=2.0)["sampling"]
     assert how.startswith("euler, 2 steps, 2 network evaluations, conditioned on guidance 2")
-
-
-def test_benchmark_fid_prints_its_tables(capsys):
-    """The comparisons run, at a small size: both Frechet distances are right, and four ways through the
-    network are timed."""
-    benchmark_fid.benchmark_distance(48)
-    lines = capsys.readouterr().out.splitlines()
-    errors = [float(line.split()[2]) for line in lines if " error " in line]
-    assert len(errors) == 2 and max(map(abs, errors)) < 1e-9 and "times as long" in lines[-1]
-    assert benchmark_fid.benchmark_extraction(torch.device("cpu"), 1, 1) > 0
-    assert [line.split("  ")[1] for line in capsys.readouterr().out.splitlines()[1:]] == [
-        "as built", "as built, 8 at once", "folded, channels-last", "the same, 8 at once"]
