@@ -17,7 +17,7 @@ from extras import mixture
 from extras.gaussians import FOUR_MODES, exact_velocity
 
 COUNTS = 1, 2, 4, 50  # numbers of network evaluations that are compared
-PANEL, SIDE, REACH = (300, 220), 56, 2.8  # of the picture: pixels of a panel and beside it, and the largest |x|
+PANEL, SIDE, REACH = (300, 220), 56, 2.8  # pixels of a panel and at its right, and the largest |x| in it
 BLUE, RED = (84, 148, 214), (190, 40, 30)
 
 
