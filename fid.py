@@ -157,7 +157,7 @@ def train_glyph_net(make: Callable, seed: tuple) -> GlyphNet:
 
 
 def glyph_net(make: Callable = GlyphNet, *seed) -> GlyphNet:
-    """make(), frozen, on the CPU: trained once, by rank 0, and kept in a file."""
+    """make(), frozen: trained once, by rank 0, and kept in a file."""
     with torch.random.fork_rng(devices=[]):
         net = make()
     path = glyph_net_file(net, seed)
@@ -264,8 +264,8 @@ def measure(net: nn.Module, images: ImageSet, needs: list[tuple]) -> ImageSet:
     if images.batches is None or not gathered:
         return images
     graded = isinstance(net, GlyphNet) and images.labels is not None
-    graded = graded and int(images.labels.max()) < net.widths["logits"]
-    seen = torch.zeros(2, dtype=torch.float64)  # images, and those whose label GlyphNet finds
+    graded = graded and bool((images.labels < net.widths["logits"]).all())
+    seen = torch.zeros(2, dtype=torch.float64)  # images, and those whose label it finds
     with tqdm(total=images.n, unit="img", desc=images.name, delay=2, disable=data.rank() > 0) as bar:
         for indices, pixels, labels in images.batches:
             size = list(check_images(pixels).shape[2:])
@@ -404,7 +404,7 @@ def real_glyphs(net: GlyphNet, n: int, size: int, needs: list) -> tuple[ImageSet
 
 
 def score(net: GlyphNet, gen: ImageSet, metrics="") -> dict:
-    """dict(fd_glyphs, floor, accuracy, n, ..) against as many held-out images, and of "fid,NAME" NAME."""
+    """dict(fd_glyphs, floor, accuracy, n, ..) against as many held-out images."""
     scores = evaluate(gen, net.source, net, device="cpu", metrics=metrics or net.metrics)["scores"]
     values = {name: score.pop("value") for name, score in scores.items()}
     return values | scores["fd" + net.suffix] | dict(accuracy=gen.accuracy)
@@ -417,7 +417,7 @@ def score(net: GlyphNet, gen: ImageSet, metrics="") -> dict:
 class Config:
     generated: str = option("", "images, statistics, a run folder or a checkpoint")
     reference: str = option("", "the same; glyphs: held-out ones, with --features glyphs")
-    features: str = option("inception", "whose features to compare: inception, glyphs, or small")
+    features: str = option("inception", "whose features: inception, glyphs or small")
     weights: str = option("torchvision", "of InceptionV3: torchvision, fid, or a file; of small: the data")
     resize: str = option("tf1", "to InceptionV3's 299 pixels: tf1 (published FIDs), pytorch, or clean")
     metrics: str = option("fid", "fid,NAME,.. or all: scores of this file and extras/")

@@ -45,7 +45,7 @@ class Config:
     net: str = option("", "changes of it, such as 'depth=6 width=192'")
     predict: str = option("", "what the last layer gives; empty: the model's choice", ("", "v", "x"))
     data: str = option("glyphs", "glyphs, a folder of images, an npz, or what extras/ reads")
-    size: int = option(0, "crop and scale to this many pixels; 0: the data's own, at most 64")
+    size: int = option(0, "crop and scale to so many pixels; 0: the data's, at most 64")
     codec: str = option("", "decodes latents for pictures, as latents:FILE")
     mirror: str = option("auto", "flip images at random; auto: photos, not digits", ("auto", "on", "off"))
     workers: int = option(-1, "processes that read files; -1: up to 4, none for arrays")
@@ -70,7 +70,7 @@ class Config:
     compile: bool = option(False, "torch.compile the network")
     checkpointing: bool = option(False, "activation checkpointing: much less memory, a third more time")
     processes: str = option("replicated", "how processes share networks: replicated (DDP), or of extras/")
-    out: str = option("runs/glyphs", "the run folder")
+    out: str = option("runs/glyphs", "the run folder, or runs/DATA")
     init: str = option("", "start from this checkpoint or run folder (D from its trunk)")
     resume: bool = option(False, "go on with the run in --out")
     log_every: int = option(100, "steps between lines of log.jsonl")
@@ -246,7 +246,7 @@ def positions_from(step: int, cfg: Config):
 
 
 def open_data(cfg: Config) -> tuple[Config, data.Dataset]:
-    """Settings with --size, by default the data's in whole patches; the data."""
+    """Settings with --size, else the data's in whole patches; the data."""
     source = data.dataset(cfg.data, cfg.size or None)
     c, h, w = source.shape
     if cfg.size or c != 3:
@@ -458,7 +458,7 @@ def say(text: str) -> None:
 
 
 def report_start(cfg: Config, source: data.Dataset, net: nn.Module, device: torch.device):
-    """Write config.json, say what is trained; the classifier that scores, before training."""
+    """Write config.json, say what is trained; the classifier that scores."""
     warn_of_start(cfg, source)
     if data.rank() == 0:
         Path(cfg.out, "config.json").write_text(json.dumps(dataclasses.asdict(cfg), indent=2) + "\n")
@@ -496,10 +496,11 @@ def finish(ema: nn.Module, cfg: Config, began: float, codec, source, judge) -> d
 def read_settings(argv: list[str] | None, **defaults) -> Config:
     """The settings of a command line; with --resume, the run's, changed by flags given now."""
     given = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name, default in dict(loss="", init="", out=defaults.get("out", Config.out)).items():
+    for name, default in dict(loss="", init="", data="", out=defaults.get("out", "")).items():
         given.add_argument(f"--{name}", default=default)
     given.add_argument("--resume", action="store_true")
     asked, _ = given.parse_known_args(argv)
+    asked.out = asked.out or f"runs/{Path(asked.data or Config.data).stem}"
     last = Path(asked.out) / "last.pt"
     was = model.read_checkpoint(last).get("config", {}) if asked.resume and last.exists() else {}
     if ":" in was.get("loss", "") and not asked.loss:

@@ -134,6 +134,9 @@ def test_small_size_follows_from_the_data(tmp_path, capsys):
         told = f"{w} x {h} pixels taken at {size} x {size}" in capsys.readouterr().err
         assert told == ((w, h) != (32, 32))
     assert train.open_data(tiny_run(tmp_path, data=npz, size=16))[1].shape == (3, 16, 16)
+    for flags, out in (("", "glyphs"), ("--data a/mnist", "mnist"), ("--data m.npz", "m"), ("--out o", "o"),
+                       ("--data m.npz --out o", "o")):
+        assert train.read_settings(flags.split()).out == (out if "--out" in flags else f"runs/{out}"), flags
 
 
 def test_small_alone(mnist, capsys):
