@@ -44,6 +44,8 @@ class Run:
         self.name, self.net = Path(self.path).name, model.load(file)
         self.own, _ = sample.own_settings(file)  # what is fixed, of a run of jumps
         self.solver = model.read_checkpoint(file)["config"]["solver"]
+        if named and (wrong := [n for n in self.counts if not self.options(n)]):
+            raise ValueError(f"{self.path}:{wrong[0]}: this run takes {self.own['steps']} evaluations")
 
     def options(self, n: int) -> dict | None:
         """Settings of `sample.sample` for n evaluations, or None where it has no such number."""
@@ -69,8 +71,8 @@ class Run:
 
 def table(runs: list[Run], seed: int) -> Image.Image:
     """A row for each run, a column for each number of evaluations."""
-    cells = {(run.name, n): data.grid(run.samples(n, seed), COLUMNS) for run in runs for n in run.counts
-             if run.options(n)}
+    cells = {(row, n): data.grid(run.samples(n, seed), COLUMNS) for row, run in enumerate(runs)
+             for n in run.counts if run.options(n)}
     counts = sorted({n for _, n in cells})
     w, h = next(iter(cells.values())).size
     top, gap, font = 36, 14, ImageFont.load_default(size=20)
@@ -84,8 +86,8 @@ def table(runs: list[Run], seed: int) -> Image.Image:
         up = top + row * (h + gap)
         pen.text((left - 12, up + h / 2), run.name, "black", font, "rm")
         for k, n in enumerate(counts):
-            if (run.name, n) in cells:
-                sheet.paste(cells[run.name, n], (left + k * (w + gap), up))
+            if (row, n) in cells:
+                sheet.paste(cells[row, n], (left + k * (w + gap), up))
     return sheet
 
 

@@ -174,5 +174,6 @@ def test_gallery_table_and_animation(tmp_path, capsys):
     assert torch.equal(way[-1][1], gallery.Run(flow).samples(5, 0))
     way = gallery.Run(jump).way(1, 0)
     assert len(way) == 2 and torch.equal(way[0][2], way[1][1])  # where a jump points is where it ends
+    raises(lambda: gallery.Run(jump + ":2"), f"{jump}:2", "takes 1 evaluations")
     gallery.main([])
     assert "noise.gif" in capsys.readouterr().out
