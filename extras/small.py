@@ -46,7 +46,8 @@ class SmallNet(fid.GlyphNet):
     @property
     def label(self) -> str:
         weights = super().label.removeprefix("glyphnet ")
-        return f"classifier {weights} of {self.source}, accuracy {self.accuracy:.3f} on held-out images"
+        return (f"classifier {weights} of {self.source}, accuracy {self.accuracy:.3f} on held-out images; "
+                "compares within this data set only")
 
     def real(self, n: int, size: int, seed: int) -> tuple[Tensor, Tensor]:
         """n images uint8 (n, 3, size, size), their classes in turn, and labels (n,): of seeds 1, 2 and 3 from
@@ -85,7 +86,7 @@ def judge(path: str, images: data.Dataset) -> SmallNet | None:
     if why := lacking(images):
         return data.note(f"no score: {path} {why} (python fid.py RUN {path} --num 50000)")
     net = small_net(path, images)
-    data.note(f"fd_small is of the {net.label}: it compares within this data set and classifier only")
+    data.note(f"warning: fd_small is no FID: {net.label}")
     return net
 
 
@@ -112,7 +113,7 @@ def main(argv: list[str] | None = None) -> None:
         return print(__doc__.strip())
     net = small_net(cfg.path, seed=cfg.seed)
     _, floor = fid.real_glyphs(net, cfg.n, 32, [fid.FRECHET])
-    print(f"{net.label}; floor of {cfg.n:,} images {floor:.3f}")
+    print(f"{net.label}\nfloor of {cfg.n:,} images {floor:.3f}")
 
 
 if __name__ == "__main__":
