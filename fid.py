@@ -9,7 +9,7 @@ GENERATED, REFERENCE: what data.py reads, an npz of statistics (mu, sigma), a ru
 
 `fid` is the distance on the 2015-12-05 weights of InceptionV3 for 50,000 images or more, fid5k for 5,000: N
 images add about C / N. fid5k_torchvision, the default weights, compares with its like only; fd_glyphs uses
-GlyphNet, our own classifier of digits. Letters: N images, D features.
+GlyphNet, our own classifier of digits.
 """
 import contextlib
 import inspect
@@ -98,23 +98,25 @@ def conv(i: int, o: int) -> nn.Module:
 
 class GlyphNet(nn.Module):
     """A digit classifier: it sees shape, contrast, blur and noise, and hardly any hue."""
-    suffix, resize, widths = "_glyphs", "mean over cells to 32, x/127.5-1", dict(features=64, logits=10)
+    suffix, metrics, resize = "_glyphs", "fid", "mean over cells to 32, x/127.5-1"
+    source, seen, real = "glyphs", 6_000, staticmethod(data.glyphs)
 
-    def __init__(self):
+    def __init__(self, classes: int = 10):
         super().__init__()
+        self.widths = dict(features=64, logits=classes)
         self.body = nn.Sequential(
             conv(3, 16), nn.MaxPool2d(2),        # (N, 16, 16, 16)
             conv(16, 32), nn.MaxPool2d(2),       # (N, 32, 8, 8)
             conv(32, 64), nn.MaxPool2d(2),       # (N, 64, 4, 4)
             nn.Conv2d(64, 64, 4), nn.Flatten())  # (N, 64); no ReLU: features stuck at 0 measure nothing
-        self.head = nn.Sequential(nn.ReLU(), nn.Linear(64, 10))
+        self.head = nn.Sequential(nn.ReLU(), nn.Linear(64, classes))
 
     @property
     def label(self) -> str:  # the last bits of the weights differ from machine to machine
         return f"glyphnet {data.fold(*(v.cpu().numpy().tobytes() for v in self.state_dict().values())):x}"
 
     def extract(self, images: Tensor) -> dict[str, Tensor]:
-        """uint8 (N, 3, h, w) -> features before the last layer (N, 64) and logits (N, 10)."""
+        """uint8 (N, 3, h, w) -> features before the last layer (N, 64) and logits (N, K)."""
         with full_float32(images.device):
             features = self.body(F.adaptive_avg_pool2d(data.to_float(check_images(images)), 32))
             return dict(features=features, logits=self.head(features))
@@ -133,18 +135,18 @@ def full_float32(device: torch.device):
         torch.backends.cuda.matmul.allow_tf32 = products
 
 
-def train_glyph_net() -> GlyphNet:
-    """After one pass over 6,000 glyphs of its own seed, on one thread whatever the number of cores."""
+def train_glyph_net(make: Callable, seed: tuple) -> GlyphNet:
+    """make() after one pass over its images, on one thread whatever the number of cores."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    images, labels = data.glyphs(6_000, seed=3)
-    batches = torch.randperm(len(images), generator=data.generator("GlyphNet order")).split(50)
     with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.enable_grad():
-        torch.default_generator.manual_seed(data.fold("GlyphNet weights"))  # of the CPU alone
-        net = GlyphNet()
+        torch.default_generator.manual_seed(data.fold("GlyphNet weights", *seed))  # of the CPU alone
+        net = make()
+        images, labels = net.real(net.seen, 32, 3)
+        batches = torch.randperm(net.seen, generator=data.generator("GlyphNet order", *seed)).split(50)
         optimizer = torch.optim.AdamW(net.parameters(), weight_decay=0.01)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=4e-3, total_steps=len(batches))
-        for batch in tqdm(batches, "training GlyphNet, once"):
+        for batch in tqdm(batches, f"training {type(net).__name__}, once"):
             loss = F.cross_entropy(net.extract(images[batch])["logits"], labels[batch])
             optimizer.zero_grad()
             loss.backward()
@@ -154,30 +156,30 @@ def train_glyph_net() -> GlyphNet:
     return net
 
 
-def glyph_net() -> GlyphNet:
-    """GlyphNet, frozen, on the CPU: trained once (6 s), by rank 0, and kept in a file."""
-    path = glyph_net_file()
+def glyph_net(make: Callable = GlyphNet, *seed) -> GlyphNet:
+    """make(), frozen: trained once, by rank 0, and kept in a file."""
     with torch.random.fork_rng(devices=[]):
-        net = GlyphNet()
+        net = make()
+    path = glyph_net_file(net, seed)
     if data.rank() == 0:
         try:
             net.load_state_dict(torch.load(path, weights_only=True))
         except Exception as error:  # no file yet, or a damaged one
             if path.exists():
-                data.note(f"{path} is damaged ({type(error).__name__}): training GlyphNet again")
+                data.note(f"{path} is damaged ({type(error).__name__}): training again")
             path.parent.mkdir(parents=True, exist_ok=True)
             unfinished = path.with_name(f"{path.name}.{os.getpid()}")
-            torch.save(train_glyph_net().state_dict(), unfinished)
+            torch.save(train_glyph_net(make, seed).state_dict(), unfinished)
             os.replace(unfinished, path)
     data.barrier()
     net.load_state_dict(torch.load(path, weights_only=True))
     return net.requires_grad_(False).eval()
 
 
-def glyph_net_file() -> Path:
-    """Named after GlyphNet's code and the looks of glyphs."""
-    code = "".join(map(inspect.getsource, (conv, GlyphNet, train_glyph_net)))
-    return cache_folder() / f"glyphnet-{data.fold(code, data.glyphs(10)[0].numpy().tobytes()):x}.pt"
+def glyph_net_file(net: GlyphNet, seed: tuple = ()) -> Path:
+    """Named after its code and the looks of its images."""
+    code = *map(inspect.getsource, (conv, GlyphNet, type(net), train_glyph_net)), seed
+    return cache_folder() / f"glyphnet-{data.fold(code, net.real(50, 32, 3)[0].numpy().tobytes()):x}.pt"
 
 
 def cache_folder() -> Path:
@@ -261,8 +263,9 @@ def measure(net: nn.Module, images: ImageSet, needs: list[tuple]) -> ImageSet:
                 for key, gather in needs if (key, gather) not in images.parts}
     if images.batches is None or not gathered:
         return images
-    graded = isinstance(net, GlyphNet) and images.labels is not None and bool((images.labels < 10).all())
-    seen = torch.zeros(2, dtype=torch.float64)  # images, and those whose label GlyphNet finds
+    graded = isinstance(net, GlyphNet) and images.labels is not None
+    graded = graded and bool((images.labels < net.widths["logits"]).all())
+    seen = torch.zeros(2, dtype=torch.float64)  # images, and those whose label it finds
     with tqdm(total=images.n, unit="img", desc=images.name, delay=2, disable=data.rank() > 0) as bar:
         for indices, pixels, labels in images.batches:
             size = list(check_images(pixels).shape[2:])
@@ -352,7 +355,7 @@ def evaluate(generated, reference="", net: nn.Module | None = None, **options) -
     """The scores of an image set against a reference, with their protocol, as a dict of plain values.
 
     options: fields of `Config`. net: other features, with extract, widths, label, resize and suffix as
-    GlyphNet has; on GlyphNet "glyphs" stands for as many held-out real ones."""
+    GlyphNet has; its own `source` ("glyphs") stands for as many held-out ones."""
     cfg = Config(**options)
     losses.at_least(cfg, 1, "batch")
     losses.at_least(cfg, 0, "num", "subset", "size")
@@ -364,7 +367,7 @@ def evaluate(generated, reference="", net: nn.Module | None = None, **options) -
     needs = list(dict.fromkeys([FRECHET, *needs]))  # one order in all processes
 
     sides = [open_set(generated, net, cfg, "generated")]
-    if reference and not (on_glyphs and reference == "glyphs"):
+    if reference and not (on_glyphs and reference == net.source):
         sides.append(open_set(reference, net, cfg, "reference"))
     check_sizes(sides)
     num = cfg.num if sides[0].n is None else 0  # the end of an iterable tells
@@ -374,14 +377,13 @@ def evaluate(generated, reference="", net: nn.Module | None = None, **options) -
     if cfg.save_stats:
         write(cfg.save_stats, gen, net)
 
-    scores, floor = {}, None
+    scores, known = {}, {}
     if reference and on_glyphs:
-        real, floor = real_glyphs(net, gen.n, gen.size[0], needs)
+        real, known["floor"] = real_glyphs(net, gen.n, gen.size[0], needs)
         ref = ref or [real]
     if ref:
         scores = compare(net, gen, *ref, names)
-        if "fd_glyphs" in scores:
-            scores["fd_glyphs"]["floor"] = floor
+        scores.get("fd" + net.suffix, {}).update(known)
         warn_of_few(gen.n, net, [score["floor"] for score in scores.values() if score.get("floor")])
     if gen.accuracy is not None:
         scores["accuracy"] = dict(value=gen.accuracy)
@@ -391,26 +393,21 @@ def evaluate(generated, reference="", net: nn.Module | None = None, **options) -
 
 
 def real_glyphs(net: GlyphNet, n: int, size: int, needs: list) -> tuple[ImageSet, float]:
-    """n held-out glyphs, and the floor, their distance to n others, as a perfect generator's."""
+    """n held-out images, and the floor, their distance to n others, as a perfect generator's."""
     sets = []
     for seed in (1, 2):  # seeds that only measure: generators train on 0, GlyphNet on 3
-        images, labels = data.glyphs(n, size, seed)
+        images, labels = net.real(n, size, seed)
         shares = torch.arange(n).split(500)[data.rank()::data.world()]
         batches = ((share.tolist(), images[share], labels[share]) for share in shares)
-        sets.append(measure(net, ImageSet(f"glyphs:{seed}", n, [size, size], batches, labels), needs))
+        sets.append(measure(net, ImageSet(f"{net.source}:{seed}", n, [size, size], batches, labels), needs))
     return sets[0], frechet_distance(*sets[0].parts[FRECHET], *sets[1].parts[FRECHET])
 
 
-def score_glyphs(images: Tensor, labels: Tensor | None = None, metrics: str = "fid") -> dict:
-    """dict(fd_glyphs, floor, accuracy, n) of generated glyphs uint8 (N, 3, s, s), labels (N,) if known;
-    metrics "fid,NAME" add a value NAME. Each process passes its share, and all get the score of all n."""
-    net = glyph_net().to(images.device)
-    batches = ((part.tolist(), images[part], None if labels is None else labels[part])
-               for part in torch.arange(len(images)).split(500))
-    gen = ImageSet("generated glyphs", None, batches=batches, labels=labels)
-    scores = evaluate(gen, "glyphs", net, device=str(images.device), metrics=metrics)["scores"]
-    values = {name: score["value"] for name, score in scores.items()}
-    return values | dict(floor=scores["fd_glyphs"]["floor"], accuracy=gen.accuracy, n=gen.n)
+def score(net: GlyphNet, gen: ImageSet, metrics="") -> dict:
+    """dict(fd_glyphs, floor, accuracy, n, ..) against as many held-out images."""
+    scores = evaluate(gen, net.source, net, device="cpu", metrics=metrics or net.metrics)["scores"]
+    values = {name: score.pop("value") for name, score in scores.items()}
+    return values | scores["fd" + net.suffix] | dict(accuracy=gen.accuracy)
 
 
 # ---- 5. Command line ----
@@ -420,8 +417,8 @@ def score_glyphs(images: Tensor, labels: Tensor | None = None, metrics: str = "f
 class Config:
     generated: str = option("", "images, statistics, a run folder or a checkpoint")
     reference: str = option("", "the same; glyphs: held-out ones, with --features glyphs")
-    features: str = option("inception", "whose features to compare: inception, or glyphs")
-    weights: str = option("torchvision", "of InceptionV3: torchvision, fid (published FIDs), or a file")
+    features: str = option("inception", "whose features: inception, glyphs or small")
+    weights: str = option("torchvision", "of InceptionV3: torchvision, fid, or a file; of small: the data")
     resize: str = option("tf1", "to InceptionV3's 299 pixels: tf1 (published FIDs), pytorch, or clean")
     metrics: str = option("fid", "fid,NAME,.. or all: scores of this file and extras/")
     num: int = option(0, "images that must be there, or that a run generates; 0: any")

@@ -915,7 +915,7 @@ def test_fid_glyph_net_is_trained_once_and_mends_a_damaged_file():
     """A damaged file is trained anew, even under inference_mode, without a trace in the global random
     state; a good one is only read. GlyphNet then reads held-out digits of 32, 64 and 16 pixels; autocast
     changes nothing."""
-    file = fid.glyph_net_file()
+    file = fid.glyph_net_file(fid.GlyphNet())
     file.write_bytes(b"PK nonsense")
     state, threads = torch.random.get_rng_state(), torch.get_num_threads()
     with torch.inference_mode():
@@ -944,22 +944,28 @@ def test_fid_glyph_net_is_trained_once_and_mends_a_damaged_file():
     matmul.allow_tf32 = before[0]
 
 
+def score_glyphs(images, labels=None) -> dict:
+    """The scores of glyphs uint8 (N, 3, s, s), labels (N,) if known."""
+    batches = [(range(len(images)), images, labels)]
+    return fid.score(fid.glyph_net(), fid.ImageSet("", None, None, batches, labels))
+
+
 def test_fid_score_of_real_wrong_and_noisy_glyphs(capsys):
     """Real glyphs score about the floor; wrong labels cost accuracy; noise, and missing digits, cost
     distance."""
     images, labels = data.glyphs(500, seed=5)
-    real = fid.score_glyphs(images, labels)
+    real = score_glyphs(images, labels)
     assert real["n"] == 500 and real["accuracy"] >= 0.99
     assert 0 < real["floor"] and 0.5 * real["floor"] < real["fd_glyphs"] < 2 * real["floor"]
-    wrong = fid.score_glyphs(images, (labels + 1) % 10)
+    wrong = score_glyphs(images, (labels + 1) % 10)
     assert wrong["accuracy"] < 0.02 and wrong["fd_glyphs"] == real["fd_glyphs"]
     noise = torch.randint(0, 256, images.shape, generator=torch.Generator().manual_seed(0)).to(torch.uint8)
-    noise = fid.score_glyphs(noise)
+    noise = score_glyphs(noise)
     assert noise["fd_glyphs"] > 100 * real["floor"] and noise["accuracy"] is None
     assert noise["floor"] == real["floor"]
-    assert fid.score_glyphs(images[labels < 5])["fd_glyphs"] > 20 * real["floor"]
+    assert score_glyphs(images[labels < 5])["fd_glyphs"] > 20 * real["floor"]
     assert "warning" not in capsys.readouterr().err
-    fid.score_glyphs(images[:100])
+    score_glyphs(images[:100])
     notes = capsys.readouterr().err
     assert "warning: only N=100 < 128 samples" in notes
     assert notes.count("warning") == 1 and "(floor ~" in notes
@@ -1056,7 +1062,7 @@ def test_fid_refusals(tmp_path, capsys):
              (lambda: fid.frechet_distance(one, eye, torch.zeros(1), eye), "(1,)"),  # would broadcast
              (lambda: fid.frechet_distance(one, eye, one, eye * float("nan")), "cov2", "non-finite"),
              (fid.Statistics(3).finish, "at least 2"),
-             (lambda: fid.score_glyphs(data.to_float(REAL[0])), "data.to_uint8"),
+             (lambda: score_glyphs(data.to_float(REAL[0])), "data.to_uint8"),
              (lambda: early(npz, npz, num=100), f"found 120 images in {npz}", "--num asks for 100"),
              (lambda: early(npz, npz, num=50_000), "--num asks for 50,000"),
              (lambda: toy([REAL[0]], npz, num=100), "found 120 images in an iterable", "--num asks for 100"),
@@ -1142,7 +1148,7 @@ def test_fid_a_run_generates_what_is_measured(tmp_path):
 def test_fid_glyphs_score_as_score_glyphs_does(tmp_path):
     """evaluate on GlyphNet's features: as many held-out real glyphs, the measured floor, and the accuracy."""
     images, labels = data.glyphs(300, seed=5)
-    want, npz = fid.score_glyphs(images, labels), write_npz(tmp_path / "a.npz", images, labels)
+    want, npz = score_glyphs(images, labels), write_npz(tmp_path / "a.npz", images, labels)
     got = fid.evaluate(npz, "glyphs", features="glyphs", device="cpu")
     assert list(values(got)) == ["fd_glyphs", "accuracy"] and got["features"].startswith("glyphnet ")
     assert got["reference"] == "glyphs:1" and got["n"] == got["n_ref"] == 300
@@ -1182,8 +1188,9 @@ rank, net = dist.get_rank(), fid.glyph_net()
 images, labels = data.glyphs(301, seed=5)
 mine = slice(0, 101) if rank == 0 else slice(101, None)
 options = dict(subset=131, batch=50, device="cpu", metrics=sys.argv[4])
-scores = [fid.score_glyphs(images[mine], labels[mine]),
-          fid.score_glyphs(images[:301 * (1 - rank)]),
+mine = fid.ImageSet("", None, None, [(range(len(labels[mine])), images[mine], labels[mine])], labels[mine])
+all_or_none = fid.ImageSet("", None, [32, 32], [(range(301), images, None)] * (rank == 0))
+scores = [fid.score(net, mine), fid.score(net, all_or_none),
           fid.evaluate(sys.argv[3], "glyphs", net, **options), [indices for indices, *_ in
           fid.from_dataset(sys.argv[3], fid.Config(batch=50), "generated").batches]]
 print(json.dumps(scores))
@@ -1203,7 +1210,7 @@ def check_two_processes(tmp_path, metrics):
     got = [json.loads(p.communicate(timeout=120)[0].splitlines()[-1]) for p in ranks]
     lists = [list(range(start, min(start + 50, 301))) for start in range(0, 301, 50)]
     assert got[0][:3] == got[1][:3] and sorted(got[0][3] + got[1][3]) == lists  # whole batches
-    for two, one in zip(got[0], [fid.score_glyphs(images, labels), fid.score_glyphs(images)]):
+    for two, one in zip(got[0], [score_glyphs(images, labels), score_glyphs(images)]):
         assert two.keys() == one.keys() and two["n"] == one["n"] and two["accuracy"] == one["accuracy"]
         for key in ("fd_glyphs", "floor"):
             assert abs(two[key] / one[key] - 1) < 1e-6, key  # batches differ, so float32 features do

@@ -5,12 +5,6 @@
     python train.py --data FOLDER --size 64 --model SiT-S/4 --predict x --out runs/mine
     torchrun --nproc_per_node=2 train.py ..            the same run, shared by two processes
     python train.py .. --resume                        go on where a run stopped, bit for bit
-
-A run folder holds config.json, log.jsonl, samples/, last.pt (the checkpoint), final.json (scores and how they
-were measured), and, by extras/curves.py, loss.png.
-
-Batches, noise, times and dropped labels are functions of (seed, position in the run) alone: restarts,
-processes and accumulation change nothing but the order of sums.
 """
 import argparse
 import ast
@@ -51,7 +45,7 @@ class Config:
     net: str = option("", "changes of it, such as 'depth=6 width=192'")
     predict: str = option("", "what the last layer gives; empty: the model's choice", ("", "v", "x"))
     data: str = option("glyphs", "glyphs, a folder of images, an npz, or what extras/ reads")
-    size: int = option(32, "crop and scale to this many pixels; 0: as they are (latents)")
+    size: int = option(0, "crop and scale to so many pixels; 0: the data's, at most 64")
     codec: str = option("", "decodes latents for pictures, as latents:FILE")
     mirror: str = option("auto", "flip images at random; auto: photos, not digits", ("auto", "on", "off"))
     workers: int = option(-1, "processes that read files; -1: up to 4, none for arrays")
@@ -76,14 +70,14 @@ class Config:
     compile: bool = option(False, "torch.compile the network")
     checkpointing: bool = option(False, "activation checkpointing: much less memory, a third more time")
     processes: str = option("replicated", "how processes share networks: replicated (DDP), or of extras/")
-    out: str = option("runs/glyphs", "the run folder")
+    out: str = option("runs/glyphs", "the run folder, or runs/DATA")
     init: str = option("", "start from this checkpoint or run folder (D from its trunk)")
     resume: bool = option(False, "go on with the run in --out")
     log_every: int = option(100, "steps between lines of log.jsonl")
     sample_every: int = option(1000, "steps between sample grids; 0: at the end")
     save_every: int = option(1000, "steps between checkpoints")
     keep_every: int = option(0, "steps between checkpoints kept as step_*.pt; 0: none")
-    score: int = option(1000, "samples scored at the end (glyphs only); 0: none")
+    score: int = option(1000, "samples scored at the end; 0: none")
     sample_steps: int = option(25, "solver steps of grids and scores")
     solver: str = option("ab2", "solver of grids and scores")
     guidance: float = option(1.5, "guidance scale of grids and of the guided score")
@@ -127,7 +121,7 @@ def train(cfg: Config, until: int = 0) -> dict | None:
     # Data; a network and an optimizer for each role, G and, if adversarial, D.
     device, out, objective = data.start_processes(cfg.device), Path(cfg.out), losses.find(cfg.loss)
     check(cfg)
-    source, codec = data.dataset(cfg.data, cfg.size or None), data.codec(cfg.codec, device)
+    (cfg, source), codec = open_data(cfg), data.codec(cfg.codec, device)
     processes = data.lookup(PROCESSES, cfg.processes, "--processes")()
     nets = build_all(cfg, source, device)
     ema = copy.deepcopy(nets["G"]).eval().requires_grad_(False)
@@ -138,7 +132,7 @@ def train(cfg: Config, until: int = 0) -> dict | None:
     start, before = resume(cfg, source, nets, opts, ema, processes) if cfg.resume else (0, 0.0)
     turns = {role: processes.wrap(Loss(role, nets, cfg, source)) for role in nets}
     stream = training_stream(start, cfg, source)
-    report_start(cfg, source, nets["G"], device)
+    judge = report_start(cfg, source, nets["G"], device)
     log, began = Log(out / "log.jsonl", start, objective.alarm), time.perf_counter() - before
     bar = tqdm(range(start, until or cfg.steps), "training", cfg.steps, initial=start, disable=data.rank())
 
@@ -181,7 +175,7 @@ def train(cfg: Config, until: int = 0) -> dict | None:
             if stopped:
                 return say(f"stopped by a signal after step {done}; saved {out}/last.pt: --resume goes on")
     with processes.unsharded(ema):
-        return finish(ema, cfg, time.perf_counter() - began, codec, source) if until in (0, cfg.steps) else {}
+        return finish(ema, cfg, began, codec, source, judge) if until in (0, cfg.steps) else {}
 
 
 class Loss(nn.Module):
@@ -249,6 +243,19 @@ def positions_from(step: int, cfg: Config):
     size = micro_batch(cfg)
     for start in range(step * cfg.batch + data.rank() * size, cfg.steps * cfg.batch, data.world() * size):
         yield list(range(start, start + size))
+
+
+def open_data(cfg: Config) -> tuple[Config, data.Dataset]:
+    """Settings with --size, else the data's in whole patches; the data."""
+    source = data.dataset(cfg.data, cfg.size or None)
+    c, h, w = source.shape
+    if cfg.size or c != 3:
+        return cfg, source
+    patch = data.lookup(model.ZOO, cfg.model, "model").get("patch", 2)
+    size = -(-min(h, w, 64) // patch) * patch
+    if {h, w} != {size}:
+        data.note(f"images of {w} x {h} pixels taken at {size} x {size}, in patches of {patch}")
+    return dataclasses.replace(cfg, size=size), data.dataset(cfg.data, size)
 
 
 def training_stream(step: int, cfg: Config, source: data.Dataset):
@@ -433,21 +440,16 @@ def write_grid(ema: nn.Module, cfg: Config, path: Path, codec, source: data.Data
     sample.write_samples(fake, labels, sample.image_shape(ema, codec), path, columns)
 
 
-def scored(cfg: Config) -> bool:
-    """Whether samples are scored: FD-glyphs needs glyphs."""
-    return cfg.score > 0 and cfg.data.split(":")[0] == "glyphs" and losses.find(cfg.loss).draws_images
-
-
-def score_samples(ema: nn.Module, cfg: Config, options: dict, progress: str, metrics: str = "fid") -> dict:
-    """`fid.score_glyphs` of cfg.score samples, made by these options, and the protocol."""
+def score_samples(ema: nn.Module, cfg: Config, judge, options: dict, progress: str, metrics="") -> dict:
+    """`fid.score` of cfg.score samples, made by these options, and the protocol."""
     labels = sample.labels_for(cfg.score, ema.num_classes)
-    images, own = torch.empty(0, *ema.shape, dtype=torch.uint8), []  # this process's share
-    for indices, part in sample.generate(ema, labels, cfg.seed + 1, progress=progress, **options):
-        images, own = torch.cat([images, part]), own + indices
-    scores = fid.score_glyphs(images, labels[own], metrics)
+    fake = sample.generate(ema, labels, cfg.seed + 1, **options)
+    batches = ((own, images, labels[own]) for own, images in fake)
+    gen = fid.ImageSet(progress, cfg.score, list(ema.shape[1:]), batches, labels)
+    scores = fid.score(judge, gen, metrics)
     how = sample.describe(conditioned=ema.guidance_conditioned, **options)
     return scores | dict(protocol=f"{how}, EMA weights, labels in turn, seed {cfg.seed + 1}, network in "
-                                  f"{'bfloat16' if ema.amp else 'float32'}")
+                                  f"{'bfloat16' if ema.amp else 'float32'}; {judge.label}")
 
 
 def say(text: str) -> None:
@@ -455,29 +457,32 @@ def say(text: str) -> None:
         print(text)
 
 
-def report_start(cfg: Config, source: data.Dataset, net: nn.Module, device: torch.device) -> None:
-    """Write config.json, say what is trained, and make GlyphNet before hours of training."""
+def report_start(cfg: Config, source: data.Dataset, net: nn.Module, device: torch.device):
+    """Write config.json, say what is trained; the classifier that scores."""
     warn_of_start(cfg, source)
-    if scored(cfg):
-        fid.glyph_net()
     if data.rank() == 0:
         Path(cfg.out, "config.json").write_text(json.dumps(dataclasses.asdict(cfg), indent=2) + "\n")
     size = sum(p.numel() for p in net.parameters()) / 1e6
     say(f"{cfg.loss} of {cfg.model} ({size:.2f}M parameters) on {cfg.data}: {len(source):,} images "
         f"{tuple(source.shape)}, {source.num_classes} classes, on {device} x {data.world()}, into {cfg.out}")
+    if cfg.score > 0 and losses.find(cfg.loss).draws_images:
+        if cfg.data.split(":")[0] == "glyphs":
+            return fid.glyph_net()
+        return (small := data.optional("small")) and small.judge(cfg.data, source)
 
 
-def finish(ema: nn.Module, cfg: Config, seconds: float, codec, source: data.Dataset) -> dict:
+def finish(ema: nn.Module, cfg: Config, began: float, codec, source, judge) -> dict:
     """The last grid and final.json: scores without and, for a flow, with guidance."""
-    out = Path(cfg.out)
+    out, seconds = Path(cfg.out), round(time.perf_counter() - began, 1)
     write_grid(ema, cfg, out / "samples" / "final.png", codec, source)
-    result = dict(steps=cfg.steps, images_seen=cfg.steps * cfg.batch, training_seconds=round(seconds, 1))
+    result = dict(steps=cfg.steps, images_seen=cfg.steps * cfg.batch, training_seconds=seconds)
     for name, guidance in ("unguided", 1.0), ("guided", cfg.guidance):
         options = sampling(cfg, guidance)
-        if scored(cfg) and options["guidance"] == guidance:
-            s = score_samples(ema, cfg, options, f"scoring {name} samples")
+        if judge and options["guidance"] == guidance:
+            s = score_samples(ema, cfg, judge, options, f"scoring {name} samples")
             result.setdefault("scores", {})[name] = s
-            say(f"{name:>9}: FD-glyphs {s['fd_glyphs']:.3f} (floor {s['floor']:.3f}), accuracy "
+            fd = next(iter(s))
+            say(f"{name:>9}: {fd} {s[fd]:.3f} (floor {s['floor']:.3f}), accuracy "
                 f"{s['accuracy']:.3f}; {s['n']:,} samples against as many held-out images; {s['protocol']}")
     if data.rank() == 0:
         (out / "final.json").write_text(json.dumps(result, indent=2) + "\n")
@@ -491,10 +496,11 @@ def finish(ema: nn.Module, cfg: Config, seconds: float, codec, source: data.Data
 def read_settings(argv: list[str] | None, **defaults) -> Config:
     """The settings of a command line; with --resume, the run's, changed by flags given now."""
     given = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name, default in dict(loss="", init="", out=defaults.get("out", Config.out)).items():
+    for name, default in dict(loss="", init="", data="", out=defaults.get("out", "")).items():
         given.add_argument(f"--{name}", default=default)
     given.add_argument("--resume", action="store_true")
     asked, _ = given.parse_known_args(argv)
+    asked.out = asked.out or f"runs/{Path(asked.data or Config.data).stem}"
     last = Path(asked.out) / "last.pt"
     was = model.read_checkpoint(last).get("config", {}) if asked.resume and last.exists() else {}
     if ":" in was.get("loss", "") and not asked.loss:

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 import data
+import fid
 import losses
 import model
 import sample
@@ -66,9 +67,9 @@ def compare(names: list[str], given: dict) -> None:
             options = train.sampling(dataclasses.replace(cfg, sample_steps=steps), 1.0)
             possible = options["steps"] == steps
             if possible and str(steps) not in record["scores"]:
-                judge = dataclasses.replace(cfg, score=given.get("score", 1000))
-                record["scores"][str(steps)] = train.score_samples(ema, judge, options, f"{name}, {steps}",
-                                                                   "fid,recall")
+                how = dataclasses.replace(cfg, score=given.get("score", 1000))
+                record["scores"][str(steps)] = train.score_samples(ema, how, fid.glyph_net(), options,
+                                                                   f"{name}, {steps}", "fid,recall")
                 write(done, out)
             if data.rank() == 0:
                 rows.append(strip(ema, cfg.seed, options) if possible else None)

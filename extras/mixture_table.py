@@ -2,10 +2,13 @@
 
 A line of the table: rms of the velocity; rms distance to the exact flow map of the same noise, and W1 to the
 exact quantiles, after 1, 2, 4 and 50 network evaluations; largest error of a mode's share; share of samples
-within 3 standard deviations of a mode. The picture: trajectories of 60 noises over the density.
+within 3 standard deviations of a mode. The picture: trajectories of 20 noises over the density of x_t, and
+the density of samples over that of data.
 
     python -m extras.mixture_table        of the exact velocity alone: what solver steps cost
 """
+import math
+
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
@@ -14,6 +17,8 @@ from extras import mixture
 from extras.gaussians import FOUR_MODES, exact_velocity
 
 COUNTS = 1, 2, 4, 50  # numbers of network evaluations that are compared
+PANEL, SIDE, REACH = (300, 220), 56, 2.8  # pixels of a panel and at its right, and the largest |x| in it
+BLUE, RED = (84, 148, 214), (190, 40, 30)
 
 
 def print_table(runs: dict) -> None:
@@ -34,29 +39,57 @@ def print_table(runs: dict) -> None:
         print(f"{name:>24}" + "".join(f"{cell:>{width}}" for cell, width in zip(cells, widths)))
 
 
-def draw_trajectories(runs: dict, path: str, columns: int = 6) -> None:
-    """A panel for each run: trajectories of 60 noises (white) over the density of x_t (blue)."""
-    w, h, reach, top = 420, 300, 3.0, 22
-    x = torch.linspace(reach, -reach, h)[:, None]
-    log_p = [FOUR_MODES.components(x, t.expand(h))[0].logsumexp(1) for t in torch.linspace(1, 0, w)]
-    density = torch.stack(log_p, 1).exp()                                                     # (h, w)
-    shade = (density / density.amax(0)).sqrt()[..., None]
-    panel = ((1 - shade) * torch.tensor([14, 17, 40]) + shade * torch.tensor([64, 132, 214])).to(torch.uint8)
-    size = (w + 8) * min(columns, len(runs)) + 8, (h + top + 26) * -(-len(runs) // columns)
-    sheet = Image.new("RGB", size, "white")
-    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=13)
-    e = torch.special.ndtri((torch.arange(60) + 0.5) / 60)[:, None]
+def draw_trajectories(runs: dict, path: str, columns: int = 4) -> None:
+    """A panel for each run: trajectories of 20 noises (red) over the density of x_t (blue); at its right the
+    density of 4,000 samples (red) over that of data (blue)."""
+    w, h = PANEL
+    cell_w, cell_h = w + SIDE + 16, h + 44
+    size = columns * cell_w + 16, -(-len(runs) // columns) * cell_h + 4
+    sheet = Image.new("RGB", (2 * size[0], 2 * size[1]), "white")  # halved at the end: smooth lines
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=26)
     for k, (name, (net, sampling)) in enumerate(runs.items()):
-        left, up = 8 + k % columns * (w + 8), top + k // columns * (h + top + 26)
+        left, up = 16 + k % columns * cell_w, 22 + k // columns * cell_h
         steps = sampling.get("steps", 1 if sampling else 100)
-        sheet.paste(Image.fromarray(panel.numpy()), (left, up))
-        pen.text((left, up - 18), f"{name}, {steps} step{'s' * (steps > 1)}", fill="black", font=font)
-        pen.text((left, up + h + 4), f"t = 1 noise{'t = 0 data':>70}", fill="black", font=font)
-        for line in mixture.trajectory(net, e, steps)[..., 0].T:
-            points = [(left + s * w / steps, up + (reach - float(v)) / (2 * reach) * h)
-                      for s, v in enumerate(line)]
-            pen.line(points, fill="white", width=1)
-    sheet.save(path)
+        draw_panel(sheet, left, up, net, steps)
+        title = f"{name}, {steps} step{'s' * (steps > 1)}"
+        for x, y, words, anchor in ((0, -4, title, "ls"), (0, h + 3, "t = 1, noise", "la"),
+                                    (w, h + 3, "t = 0, data", "ra")):
+            pen.text((2 * (left + x), 2 * (up + y)), words, "black", font, anchor)
+    sheet.resize(size, Image.Resampling.LANCZOS).save(path)
+
+
+def draw_panel(sheet: Image.Image, left: int, up: int, net, steps: int) -> None:
+    """One panel of a sheet of twice its size, its corner at (left, up)."""
+    (w, h), pen = PANEL, ImageDraw.Draw(sheet)
+
+    def place(along: float, x: float) -> tuple[float, float]:
+        return 2 * (left + along), 2 * (up + (REACH - x) / (2 * REACH) * h)
+
+    x = torch.linspace(REACH, -REACH, 2 * h)
+    p = torch.stack([density(x, t) for t in torch.linspace(1, 0, 2 * w)], 1)                   # (2 h, 2 w)
+    shade = (p / p.amax(0)).sqrt()[..., None]
+    panel = (1 - shade) * 255 + shade * torch.tensor(BLUE)
+    sheet.paste(Image.fromarray(panel.to(torch.uint8).numpy()), (2 * left, 2 * up))
+    for line in mixture.trajectory(net, quantiles(20), steps)[..., 0].T.tolist():
+        pen.line([place(s * w / steps, v) for s, v in enumerate(line)], RED, 3)
+
+    found, width = mixture.trajectory(net, quantiles(4000), steps)[-1, :, 0], 0.04
+    samples = (-((x[:, None] - found) / width).square() / 2).exp().mean(1) / width / math.sqrt(2 * math.pi)
+    of_data, of_samples = ([place(w + 4 + SIDE * min(1.0, v / 0.8), at) for v, at in zip(values.tolist(), x)]
+                           for values in (density(x, torch.tensor(0.0)), samples))
+    pen.polygon([place(w + 4, REACH), *of_data, place(w + 4, -REACH)], BLUE)
+    pen.line(of_samples, RED, 3)
+
+
+def density(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    """p_t at points x (N,)."""
+    log_p, _, _ = FOUR_MODES.components(x[:, None], t.expand(len(x)))
+    return log_p.logsumexp(1).exp() / math.sqrt(2 * math.pi)
+
+
+def quantiles(n: int) -> torch.Tensor:
+    """The noises (n, 1) in the middle of n equal shares."""
+    return torch.special.ndtri((torch.arange(n) + 0.5) / n)[:, None]
 
 
 def main() -> None:

@@ -33,7 +33,7 @@ def evaluate(sources: list, reference="", repeat: int = 1, net=None, **options) 
     net = net or make(cfg.weights, cfg.resize, cfg.device)
     sides = [fid.open_set(source, net, dataclasses.replace(cfg, seed=cfg.seed + k), "generated")
              for source in sources for k in range(repeat)]
-    if reference and not (reference == "glyphs" and isinstance(net, fid.GlyphNet)):
+    if reference and not (isinstance(net, fid.GlyphNet) and reference == net.source):
         reference = fid.open_set(reference, net, cfg, "reference")
         fid.check_sizes([*sides, reference])
     results = [fid.evaluate(side, reference, net, **options) for side in sides]

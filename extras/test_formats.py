@@ -6,7 +6,9 @@ import json
 import math
 import os
 import pickle
+import shutil
 import struct
+import tarfile
 import tracemalloc
 import zipfile
 
@@ -98,17 +100,52 @@ def test_formats_mnist(tmp_path):
     """MNIST's idx files, raw and gzipped, by name or, of a folder, train's: grey becomes three channels."""
     images, labels = random_images()
     grey = images[:, :28, :28, 0].copy()
-    (tmp_path / "gz").mkdir()
-    for name, content in idx_pair(grey, labels).items():
-        (tmp_path / f"t10k-{name}").write_bytes(content)
-        (tmp_path / "gz" / f"train-{name}.gz").write_bytes(gzip.compress(content))
-    for name, content in idx_pair(grey[:1], labels[:1]).items():
-        (tmp_path / "gz" / f"t10k-{name}").write_bytes(content)
-    for source in (tmp_path / "t10k-images-idx3-ubyte", tmp_path / "gz"):
-        ds = data.dataset(str(source))
-        assert ds.shape == (3, 28, 28) and not ds.mirror and len(ds) == 6
+    train, test = idx_pair(grey, labels), idx_pair(grey[:1], labels[:1])
+    for folder, end in (("gz", ".gz"), ("raw", "")):
+        (tmp_path / folder).mkdir()
+        for (name, content), other in zip(train.items(), test.values()):
+            pack = gzip.compress if end else bytes
+            (tmp_path / folder / f"train-{name}{end}").write_bytes(pack(content))
+            (tmp_path / folder / f"t10k-{name}{end}").write_bytes(pack(other))
+    deep, dots = tmp_path / "deep/MNIST/raw", tmp_path / "dots"  # torchvision's; another archive's
+    shutil.copytree(tmp_path / "gz", deep)
+    shutil.copytree(tmp_path / "raw", deep, dirs_exist_ok=True)
+    for name in train:
+        file = dots / f"train-{name}" / f"train-{name.replace('-idx', '.idx')}"
+        shutil.copytree(tmp_path / "raw", file.parent, ignore=lambda *_: os.listdir(tmp_path / "raw"))
+        file.write_bytes(train[name])
+        (dots / f"train-{name.replace('-idx', '.idx')}").write_bytes(train[name])
+    for source in "raw/train-images-idx3-ubyte gz/train-images-idx3-ubyte.gz gz raw deep dots".split():
+        ds = data.dataset(str(tmp_path / source))
+        assert ds.shape == (3, 28, 28) and not ds.mirror and len(ds) == 6, source
         assert torch.equal(ds.item(3)[0], torch.from_numpy(grey[3]).expand(3, 28, 28)) and ds.item(3)[1] == 1
+    assert len(data.dataset(str(tmp_path / "raw/t10k-images-idx3-ubyte"))) == 1
     assert data.dataset(str(tmp_path / "gz"), 32).item(0)[0].shape == (3, 32, 32)
+    raises(lambda: data.dataset(str(tmp_path)), "several data sets", str(tmp_path / "gz"), "name one")
+    (tmp_path / "raw/other-train-images-idx3-ubyte").write_bytes(b"")
+    raises(lambda: data.dataset(str(tmp_path / "raw")), "other-train-images", "name one")
+
+
+def test_formats_cifar(tmp_path):
+    """CIFAR-10's binary version as an archive, its folder, the folder above, its files, packed or not."""
+    images, labels = random_images()
+    records = [bytes([k]) + image.transpose(2, 0, 1).tobytes() for image, k in zip(images, labels)]
+    folder, packed = tmp_path / "up/cifar-10-batches-bin", tmp_path / "packed"
+    for root, end, pack in ((folder, "", bytes), (packed, ".gz", gzip.compress)):
+        root.mkdir(parents=True)
+        parts = dict(data_batch_1=records[:2], data_batch_2=records[2:], test_batch=records[:1])
+        for name, part in parts.items():
+            (root / f"{name}.bin{end}").write_bytes(pack(b"".join(part)))
+    with tarfile.open(tmp_path / "cifar-10-binary.tar.gz", "w:gz") as archive:
+        archive.add(folder, "cifar-10-batches-bin")
+    for source in (folder, folder.parent, packed, tmp_path / "cifar-10-binary.tar.gz"):
+        ds = data.dataset(str(source))
+        assert len(ds) == 6 and list(ds.labels) == labels and ds.num_classes == 10 and ds.mirror, source
+        assert torch.equal(ds.item(4)[0], torch.from_numpy(images[4]).permute(2, 0, 1)), source
+    assert len(data.dataset(str(packed / "test_batch.bin.gz"))) == 1
+    whole = (tmp_path / "cifar-10-binary.tar.gz").read_bytes()
+    (tmp_path / "cut.tar.gz").write_bytes(whole[:len(whole) // 2])
+    raises(lambda: data.dataset(str(tmp_path / "cut.tar.gz")), "cut.tar.gz", "not a readable archive")
 
 
 def test_formats_errors_name_the_file_and_the_fix(tmp_path):

@@ -11,8 +11,8 @@ import train
 from extras import bias, inception, inception_blocks, metrics, mmhm, monitor, spread, stored
 from extras.files import digest
 from test_all import (CACHE, REAL, TOY, Toy, assert_same_scores, check_two_processes, error_of,
-                      golden_weights, raises, rand, run, same, tiny_run, toy, values, wave, write_folder,
-                      write_npz)
+                      golden_weights, raises, rand, run, same, score_glyphs, tiny_run, toy, values, wave,
+                      write_folder, write_npz)
 
 import dataclasses
 import functools
@@ -192,7 +192,7 @@ def test_metrics_on_glyph_net_and_command_line(tmp_path, capsys):
     found = fid.evaluate(npz, "glyphs", features="glyphs", device="cpu", metrics="all")
     names = [f"{name}_glyphs" for name in metrics.NEIGHBOURS]
     assert list(values(found)) == ["fd_glyphs", *names, "accuracy"]
-    floor = fid.score_glyphs(data.glyphs(150, seed=5)[0])["floor"]
+    floor = score_glyphs(data.glyphs(150, seed=5)[0])["floor"]
     assert abs(found["scores"]["fd_glyphs"]["floor"] - floor) < 1e-6 < found["scores"]["fd_glyphs"]["bias"]
     alone = fid.evaluate(npz, "glyphs", features="glyphs", device="cpu", metrics="recall")
     assert values(alone) == {name: values(found)[name] for name in ("recall_glyphs", "accuracy")}
