@@ -1,0 +1,160 @@
+"""Tests of exercises.py: each exercise refuses the blank and a wrong answer, and takes the right one.
+
+Here functions of loaded modules get the code of the copy, so that all exercises take less than a minute.
+`python -m extras.test_exercises` does the same by copies and the command, as a student would: 10 minutes.
+"""
+import importlib
+import inspect
+import json
+import multiprocessing
+import operator
+import tempfile
+import time
+import types
+from pathlib import Path
+
+import pytest
+
+from extras.exercises import CODE, EXERCISES, HERE, blank, main, node_ids, run_tests
+from test_all import raises, run
+
+# number: (file, what stands in a function of the exercise, a typical wrong answer)
+
+WRONG = {1: ("data.py", "generator(self.seed, purpose, p)", "generator(self.seed, p)"),
+         2: ("train.py", "step * cfg.batch + data.rank() * size", "step * cfg.batch"),
+         3: ("model.py", "image.permute(0, 5, 1, 3, 2, 4)", "image.permute(0, 5, 1, 4, 2, 3)"),
+         4: ("model.py", "(q @ k.mT / math.sqrt(q.shape[-1]))", "(q @ k.mT)"),
+         5: ("model.py", "x, 1 + scale[:, None]", "x, scale[:, None]"),
+         6: ("losses.py", "* x + expand_dims(t, x) * e", "* e + expand_dims(t, x) * x"),
+         7: ("losses.py", "else e - x\n", "else x - e\n"),
+         8: ("train.py", "list(net.parameters()), 1 - d)", "list(net.parameters()), d)"),
+         9: ("train.py", '    load(ema, content["ema"])\n', ""),
+         10: ("sample.py", "(v + velocity(ahead, r, y)) / 2", "(v + velocity(ahead, r, y))"),
+         11: ("sample.py", "return v_ref + guidance * (v - v_ref)", "return v + guidance * (v - v_ref)"),
+         12: ("fid.py", "cov2.trace() - 2 * root", "cov2.trace() - root"),
+         13: ("extras/bias.py", "(pairs.sum() + pairs.diagonal().sum())", "pairs.sum()"),
+         14: ("losses.py", "v - expand_dims(t - r, x) * dudt", "v + expand_dims(t - r, x) * dudt"),
+         15: ("losses.py", "- c) / (s - s_r)).mean()", "- c)).mean()"),
+         16: ("sample.py", "x = (1 - r) * x + r * draws", "x = x + r * draws"),
+         17: ("losses.py", "F.softplus(fake - real).mean() +", "F.softplus(real - fake).mean() +"),
+         18: ("losses.py", "(fake + 1).square().mean()", "(fake - 1).square().mean()")}
+
+
+def answers(number: int) -> dict[str, dict[str, str]]:
+    """{answer: {file: its text}}: right, the copy's blank, wrong."""
+    functions = [part.split(":") for part in EXERCISES[number].functions.split()]
+    right = {file: (HERE / file).read_text() for file, _ in functions}
+    blanked, (file, old, new) = dict(right), WRONG[number]
+    for own, name in functions:
+        blanked[own] = blank(blanked[own], name, number)
+    assert right[file].count(old) == 1 and old not in blanked[file], number
+    return dict(right=right, blank=blanked, wrong=right | {file: right[file].replace(old, new)})
+
+
+def put(file: str, name: str, text: str) -> None:
+    """Give a function of a loaded module, under all of its names, the code that it has in the text."""
+    module, codes = importlib.import_module(file.removesuffix(".py").replace("/", ".")), {}
+
+    def walk(code):
+        for part in code.co_consts:
+            if isinstance(part, types.CodeType):
+                codes[part.co_qualname] = part
+                walk(part)
+
+    walk(compile(text, file, "exec"))
+    first = name.partition(".")[0]
+    name = name if inspect.isclass(getattr(module, first)) else first  # a function in a function: the outer
+    inspect.unwrap(operator.attrgetter(name)(module)).__code__ = codes[name]
+
+
+def grade(number: int, answer: str) -> tuple[int, list[str], float]:
+    """pytest's exit status for an answer, what a student reads, and seconds."""
+    texts, began = answers(number)[answer], time.time()
+    for file, name in (part.split(":") for part in EXERCISES[number].functions.split()):
+        put(file, name, texts[file])
+    ids = [name for name in node_ids(number) if "two_processes" not in name]  # these read the files
+    return *run_tests(ids, "-x"), time.time() - began
+
+
+def grade_all() -> None:
+    """Print {number: {answer: grade}}, each graded in a process of its own, forked from this one."""
+    importlib.import_module("extras.test_metrics")  # and all others, once for all
+    grades, fork = {}, multiprocessing.get_context("fork")
+    for number in EXERCISES:
+        for answer in answers(number):
+            ours, theirs = fork.Pipe(False)
+            child = fork.Process(target=lambda: theirs.send(grade(number, answer)))
+            child.start()
+            grades.setdefault(number, {})[answer] = ours.recv()
+            child.join()
+    print(json.dumps(grades))
+
+
+@pytest.fixture(scope="module")
+def grades() -> dict:
+    done = run(script="from extras import test_exercises\ntest_exercises.grade_all()")
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("number", EXERCISES)
+def test_exercises_tell_right_from_wrong(grades, number):
+    """The blanked copy fails, by its NotImplementedError; the original passes all tests of the exercise, each
+    of which there is; a typical wrong answer fails by what it computes."""
+    assert len(node_ids(number)) == len(EXERCISES[number].tests.split())
+    told = {answer: "\n".join(lines) for answer, (_, lines, _) in grades[str(number)].items()}
+    status = {answer: status for answer, (status, _, _) in grades[str(number)].items()}
+    assert status == dict(right=0, blank=1, wrong=1), told
+    assert "fails" not in told["right"] and told["right"].count("passes: ") >= 1
+    assert "fails:  " in told["blank"] and f"NotImplementedError: exercise {number}: " in told["blank"]
+    assert "fails:  " in told["wrong"] and "NotImplementedError" not in told["wrong"]
+
+
+def hand_in(number: int, answer: str, folder: Path) -> tuple[int, str, float]:
+    """The command's exit status, what it prints, and seconds, for a copy with that answer in it."""
+    if not folder.exists():
+        main([str(number), str(folder)])
+    for file, text in answers(number)[answer].items():
+        (folder / file).write_text(text)
+    began, done = time.time(), run("-m", "extras.exercises", number, folder, "--check")
+    return done.returncode, done.stdout + done.stderr, time.time() - began
+
+
+def test_exercises_by_the_command(tmp_path, capsys):
+    """List, copy, check: the copy differs in bodies only; a check says in sentences what fails and prints
+    numbers of what passes. A folder that is there, one without a copy, a number that is not, an error of
+    syntax or import: one line that names it."""
+    main([])
+    listed = capsys.readouterr().out
+    assert all(e.title in listed and e.functions in listed for e in EXERCISES.values())
+    folder = tmp_path / "mine"
+    main(["10", str(folder)])
+    assert f"  euler in {folder / 'sample.py'}" in capsys.readouterr().out.splitlines()
+    pairs = {path: folder / path.relative_to(HERE) for path in CODE}
+    assert [a.name for a, b in pairs.items() if a.read_bytes() != b.read_bytes()] == ["sample.py"]
+    raises(lambda: main(["10", str(folder)]), "mine exists", "--check")
+    raises(lambda: main(["11", str(folder), "--check"]), "mine holds no copy of exercise 11")
+    raises(lambda: main(["10", str(tmp_path), "--check"]), "no copy of exercise 10")
+    raises(lambda: main(["99", str(folder)]), "exercise 99", f"from 1 to {len(EXERCISES)}")
+    raises(lambda: main(["1"]), "folder ''")
+
+    status, told, _ = hand_in(10, "wrong", folder)
+    assert status == 2 and "error: exercise 10 is not solved yet" in told and "Traceback" not in told
+    assert "fails:  For dx/dt = t steps can be summed by hand" in told and "AssertionError: heun" in told
+    status, told, _ = hand_in(10, "right", folder)
+    assert status == 0 and told.count("passes: ") == 2 and "Exercise 10 is solved" in told
+    assert "abs(found - order) < 0.15 and " in told and " < 0.15" in told.split("and fine")[1]
+    for line, words in (("def f(:", "sample.py, line 1: invalid"), ("x = y", "name 'y' is not defined")):
+        (folder / "sample.py").write_text(line)
+        done = run("-m", "extras.exercises", "10", folder, "--check")
+        told = done.stdout + done.stderr
+        assert done.returncode == 2 and words in told and "Traceback" not in told, told
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as scratch:
+        for number in EXERCISES:
+            for answer, expected in dict(blank=2, right=0, wrong=2).items():
+                status, told, seconds = hand_in(number, answer, Path(scratch, str(number)))
+                verdict = "as expected" if status == expected else f"NOT AS EXPECTED\n{told}"
+                print(f"{number:3} {answer:6} {seconds:3.0f} s {verdict}", flush=True)
