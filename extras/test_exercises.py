@@ -1,13 +1,17 @@
 """Tests of exercises.py: each exercise refuses the blank and a wrong answer, and takes the right one.
 
 Here functions of loaded modules get the code of the copy, so that all exercises take less than a minute.
-`python -m extras.test_exercises` does the same by copies and the command, as a student would: 10 minutes.
+`python -m extras.test_exercises [NUMBER ..]` does the same by copies and the command, as a student would.
 """
+import contextlib
 import importlib
 import inspect
+import io
 import json
 import multiprocessing
 import operator
+import subprocess
+import sys
 import tempfile
 import time
 import types
@@ -15,7 +19,7 @@ from pathlib import Path
 
 import pytest
 
-from extras.exercises import CODE, EXERCISES, HERE, blank, main, node_ids, run_tests
+from extras.exercises import CODE, EXERCISES, HERE, Report, blank, main, node_ids
 from test_all import raises, run
 
 # number: (file, what stands in a function of the exercise, a typical wrong answer)
@@ -67,33 +71,61 @@ def put(file: str, name: str, text: str) -> None:
     inspect.unwrap(operator.attrgetter(name)(module)).__code__ = codes[name]
 
 
-def grade(number: int, answer: str) -> tuple[int, list[str], float]:
-    """pytest's exit status for an answer, what a student reads, and seconds."""
-    texts, began = answers(number)[answer], time.time()
-    for file, name in (part.split(":") for part in EXERCISES[number].functions.split()):
-        put(file, name, texts[file])
-    ids = [name for name in node_ids(number) if "two_processes" not in name]  # these read the files
-    return *run_tests(ids, "-x"), time.time() - began
+def tests_of(*numbers: int) -> list[str]:
+    """Names of the tests, without those whose other processes read the files."""
+    names = dict.fromkeys(name for number in numbers for name in node_ids(number))
+    return [name for name in names if "two_processes" not in name]
+
+
+class Grades:
+    """A plugin of pytest that runs the tests of each exercise with each answer, in forks of this process."""
+
+    def __init__(self, report):
+        self.report, self.found = report, {}
+
+    def pytest_runtestloop(self, session):
+        self.found["right"] = forked(self.grade, session.items)
+        for number in EXERCISES:
+            items = [item for item in session.items if item.nodeid in tests_of(number)]
+            for answer in ("blank", "wrong"):
+                self.found[f"{number} {answer}"] = forked(self.grade, items, number, answer)
+        return True
+
+    def grade(self, items, number=0, answer="right") -> list[str]:
+        """What a student reads, up to the first failure."""
+        functions = EXERCISES[number].functions.split() if number else []
+        for file, name in (part.split(":") for part in functions):
+            put(file, name, answers(number)[answer][file])
+        for item in items:
+            item.config.hook.pytest_runtest_protocol(item=item, nextitem=None)
+            if any(line.startswith("fails: ") for line in self.report.lines):
+                break
+        return self.report.lines
+
+
+def forked(work, *given):
+    """work(*given) in a fork of this process."""
+    ours, theirs = multiprocessing.Pipe(False)
+    child = multiprocessing.get_context("fork").Process(target=lambda: theirs.send(work(*given)))
+    child.start()
+    answer = ours.recv()
+    child.join()
+    return answer
 
 
 def grade_all() -> None:
-    """Print {number: {answer: grade}}, each graded in a process of its own, forked from this one."""
-    importlib.import_module("extras.test_metrics")  # and all others, once for all
-    grades, fork = {}, multiprocessing.get_context("fork")
-    for number in EXERCISES:
-        for answer in answers(number):
-            ours, theirs = fork.Pipe(False)
-            child = fork.Process(target=lambda: theirs.send(grade(number, answer)))
-            child.start()
-            grades.setdefault(number, {})[answer] = ours.recv()
-            child.join()
-    print(json.dumps(grades))
+    importlib.import_module("torch._dynamo")  # which optimizers load, once for all
+    report = Report()
+    grades = Grades(report)
+    with contextlib.redirect_stdout(io.StringIO()):
+        pytest.main(["-p", "no:cacheprovider", *tests_of(*EXERCISES)], [report, grades])
+    print(json.dumps(grades.found))
 
 
 @pytest.fixture(scope="module")
 def grades() -> dict:
-    done = run(script="from extras import test_exercises\ntest_exercises.grade_all()")
-    assert done.returncode == 0, done.stderr[-3000:]
+    script = "from extras import test_exercises\ntest_exercises.grade_all()"
+    done = subprocess.run([sys.executable, "-c", script], cwd=HERE, stdout=subprocess.PIPE, timeout=900)
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -102,12 +134,10 @@ def test_exercises_tell_right_from_wrong(grades, number):
     """The blanked copy fails, by its NotImplementedError; the original passes all tests of the exercise, each
     of which there is; a typical wrong answer fails by what it computes."""
     assert len(node_ids(number)) == len(EXERCISES[number].tests.split())
-    told = {answer: "\n".join(lines) for answer, (_, lines, _) in grades[str(number)].items()}
-    status = {answer: status for answer, (status, _, _) in grades[str(number)].items()}
-    assert status == dict(right=0, blank=1, wrong=1), told
-    assert "fails" not in told["right"] and told["right"].count("passes: ") >= 1
-    assert "fails:  " in told["blank"] and f"NotImplementedError: exercise {number}: " in told["blank"]
-    assert "fails:  " in told["wrong"] and "NotImplementedError" not in told["wrong"]
+    right, blanked, wrong = ("\n".join(grades[key]) for key in ("right", f"{number} blank", f"{number} wrong"))
+    assert right.count("passes: ") == len(tests_of(*EXERCISES)) and "fails: " not in right, right
+    assert "fails: " in blanked and f"NotImplementedError: exercise {number}: " in blanked, blanked
+    assert "fails: " in wrong and "NotImplementedError" not in wrong, wrong
 
 
 def hand_in(number: int, answer: str, folder: Path) -> tuple[int, str, float]:
@@ -153,7 +183,7 @@ def test_exercises_by_the_command(tmp_path, capsys):
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as scratch:
-        for number in EXERCISES:
+        for number in map(int, sys.argv[1:] or EXERCISES):
             for answer, expected in dict(blank=2, right=0, wrong=2).items():
                 status, told, seconds = hand_in(number, answer, Path(scratch, str(number)))
                 verdict = "as expected" if status == expected else f"NOT AS EXPECTED\n{told}"
