@@ -10,6 +10,8 @@ import io
 import json
 import multiprocessing
 import operator
+import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -134,7 +136,8 @@ def test_exercises_tell_right_from_wrong(grades, number):
     """The blanked copy fails, by its NotImplementedError; the original passes all tests of the exercise, each
     of which there is; a typical wrong answer fails by what it computes."""
     assert len(node_ids(number)) == len(EXERCISES[number].tests.split())
-    right, blanked, wrong = ("\n".join(grades[key]) for key in ("right", f"{number} blank", f"{number} wrong"))
+    keys = "right", f"{number} blank", f"{number} wrong"
+    right, blanked, wrong = ("\n".join(grades[key]) for key in keys)
     assert right.count("passes: ") == len(tests_of(*EXERCISES)) and "fails: " not in right, right
     assert "fails: " in blanked and f"NotImplementedError: exercise {number}: " in blanked, blanked
     assert "fails: " in wrong and "NotImplementedError" not in wrong, wrong
@@ -179,6 +182,58 @@ def test_exercises_by_the_command(tmp_path, capsys):
         done = run("-m", "extras.exercises", "10", folder, "--check")
         told = done.stdout + done.stderr
         assert done.returncode == 2 and words in told and "Traceback" not in told, told
+
+
+COURSE = (HERE / "extras/course.md").read_text()
+BLOCKS = re.findall(r"(?s)```sh\n(.*?)```", COURSE)
+COMMANDS = re.findall(r"(?m)^(python .*?) +# (\d+) (s|min)\b", "".join(BLOCKS))
+SHORT = {"train.py": "--steps 4 --sample_every 0 --score 10", "losses.py": "--steps 4", "fid.py": "--num 20"}
+
+SCRIPT = """
+import runpy, shlex, sys
+for line in open("commands"):
+    _, *sys.argv = shlex.split(line)
+    if sys.argv[0] == "-c":
+        exec(sys.argv[1], {})
+        continue
+    if sys.argv[0] == "-m":
+        del sys.argv[0]
+    try:
+        if sys.argv[0].endswith(".py"):
+            runpy.run_path(sys.argv[0], run_name="__main__")
+        else:
+            runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+    except SystemExit as end:
+        print("failed:", line, file=sys.stderr)
+"""
+
+
+def test_exercises_course_commands_run(tmp_path):
+    """In a copy every command of course.md runs, one after another: those of up to 10 seconds as they stand,
+    the others in few steps or images. Each has its time behind it; --check is tested above."""
+    assert len(COMMANDS) == "".join(BLOCKS).count("\n")
+    for path in CODE:
+        (tmp_path / path.relative_to(HERE)).parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, tmp_path / path.relative_to(HERE))
+    lines = [line if unit == "s" and int(time) <= 10 else f"{line} {SHORT[line.split()[1]]}"
+             for line, time, unit in COMMANDS if "--check" not in line]
+    (tmp_path / "commands").write_text("\n".join(lines))
+    done = run(cwd=tmp_path, script=SCRIPT)
+    assert done.returncode == 0 and "failed:" not in done.stderr, done.stderr[-3000:]
+    pictures = re.findall(r"--out (\S+\.png)", COURSE)
+    assert all((tmp_path / name).exists() for name in ["data.png", *pictures])
+
+
+def test_exercises_are_all_in_the_course():
+    """Each lesson lists its exercises, and has three questions with answers; links to files are right."""
+    lessons = re.split(r"(?m)^## \d\. ", COURSE)[1:]
+    assert len(lessons) == 8
+    for k, lesson in enumerate(lessons, 1):
+        listed = {int(n) for n in re.findall(r"\d+", lesson.rpartition("**Exercise")[2])}
+        assert listed == {number for number, e in EXERCISES.items() if e.lesson == k}, k
+        assert lesson.count("<details>") == lesson.count("</details>") == 3
+        assert all(f"\n**{word}**" in lesson for word in ("Read", "See")) and "```sh\n" in lesson
+    assert all((HERE / "extras" / link).exists() for link in re.findall(r"\]\((?!http)([^)#]+)", COURSE))
 
 
 if __name__ == "__main__":
