@@ -3,6 +3,7 @@
 Here functions of loaded modules get the code of the copy, so that all exercises take less than a minute.
 `python -m extras.test_exercises [NUMBER ..]` does the same by copies and the command, as a student would.
 """
+import ast
 import contextlib
 import importlib
 import inspect
@@ -56,6 +57,12 @@ def answers(number: int) -> dict[str, dict[str, str]]:
         blanked[own] = blank(blanked[own], name, number)
     assert right[file].count(old) == 1 and old not in blanked[file], number
     return dict(right=right, blank=blanked, wrong=right | {file: right[file].replace(old, new)})
+
+
+def promises(text: str) -> set:
+    """What functions take and say: arguments and docstrings."""
+    functions = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef)]
+    return {(node.name, ast.dump(node.args), ast.get_docstring(node)) for node in functions}
 
 
 def put(file: str, name: str, text: str) -> None:
@@ -139,9 +146,12 @@ def alone(script: str, folder: Path = HERE) -> subprocess.CompletedProcess:
 
 @pytest.mark.parametrize("number", EXERCISES)
 def test_exercises_tell_right_from_wrong(grades, number):
-    """The blanked copy fails, by its NotImplementedError; the original passes all tests of the exercise, each
-    of which there is; a typical wrong answer fails by what it computes."""
+    """The blanked copy has all arguments and docstrings, and fails by its NotImplementedError; the original
+    passes all tests of the exercise, each of which there is; a typical wrong answer fails by what it
+    computes."""
     assert len(node_ids(number)) == len(EXERCISES[number].tests.split())
+    right, blanked, _ = answers(number).values()
+    assert all(promises(blanked[file]) <= promises(right[file]) for file in right)
     keys = "right", f"{number} blank", f"{number} wrong"
     right, blanked, wrong = ("\n".join(grades[key]) for key in keys)
     assert right.count("passes: ") == len(tests_of(*EXERCISES)) and "fails: " not in right, right
