@@ -208,6 +208,7 @@ def test_data_draws_do_not_depend_on_the_batch():
     assert torch.equal(whole.uniform("time")[[40, 7]], part.uniform("time"))
     assert not torch.equal(noise, whole.normal("other", shape))
     assert not torch.equal(noise, data.Draws(4, range(64)).normal("noise", shape))
+    assert not torch.equal(whole.uniform("time"), whole.uniform("other"))
     assert abs(noise.mean()) < 0.04 and abs(noise.std() - 1) < 0.03
     many = data.Draws(0, range(4000)).uniform("u").sort().values
     assert (many - (torch.arange(4000) + 0.5) / 4000).abs().max() < 0.026  # Kolmogorov-Smirnov at 1 %
