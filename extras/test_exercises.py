@@ -23,7 +23,9 @@ from pathlib import Path
 
 import pytest
 
+import data
 from extras.exercises import CODE, EXERCISES, HERE, Report, blank, main, node_ids
+from extras.test_formats import idx_pair
 from test_all import raises, run
 
 # number: (file, what stands in a function of the exercise, a typical wrong answer)
@@ -203,7 +205,8 @@ def test_exercises_by_the_command(tmp_path, capsys):
 COURSE = (HERE / "extras/course.md").read_text()
 BLOCKS = re.findall(r"(?s)```sh\n(.*?)```", COURSE)
 COMMANDS = re.findall(r"(?m)^(python .*?) +# (\d+ s|\d+ min|minutes)\b", "".join(BLOCKS))
-SHORT = {"train.py": "--steps 4 --sample_every 0 --score 10", "losses.py": "--steps 4", "fid.py": "--num 20"}
+SHORT = {"train.py": "--steps 4 --sample_every 0 --score 10", "losses.py": "--steps 4", "fid.py": "--num 20",
+         "sample.py": "--n 20 --steps 2"}
 
 SCRIPT = """
 import runpy, shlex, sys
@@ -224,20 +227,43 @@ for line in open("commands"):
 """
 
 
+def run_all(lines: list[str], folder: Path) -> None:
+    """Run these commands, one after another, in a copy of the code."""
+    for path in CODE:
+        (folder / path.relative_to(HERE)).parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, folder / path.relative_to(HERE))
+    (folder / "commands").write_text("\n".join(lines))
+    done = alone(SCRIPT, folder)
+    assert done.returncode == 0 and "failed:" not in done.stderr, done.stderr[-3000:]
+
+
 def test_exercises_course_commands_run(tmp_path):
     """In a copy every command of course.md runs, one after another: those of up to 10 seconds as they stand,
     the others in few steps or images. Each has its time behind it; --check is tested above."""
     assert len(COMMANDS) == "".join(BLOCKS).count("\n")
-    for path in CODE:
-        (tmp_path / path.relative_to(HERE)).parent.mkdir(exist_ok=True)
-        shutil.copyfile(path, tmp_path / path.relative_to(HERE))
-    lines = [line if re.fullmatch(r"(\d|10) s", seconds) else f"{line} {SHORT[line.split()[1]]}"
-             for line, seconds in COMMANDS if "--check" not in line]
-    (tmp_path / "commands").write_text("\n".join(lines))
-    done = alone(SCRIPT, tmp_path)
-    assert done.returncode == 0 and "failed:" not in done.stderr, done.stderr[-3000:]
+    run_all([line if re.fullmatch(r"(\d|10) s", seconds) else f"{line} {SHORT[line.split()[1]]}"
+             for line, seconds in COMMANDS if "--check" not in line], tmp_path)
     pictures = re.findall(r"--out (\S+\.png)", COURSE)
     assert all((tmp_path / name).exists() for name in ["data.png", *pictures])
+
+
+def test_exercises_readme_commands_run(tmp_path):
+    """The same of README.md, but for torchrun's lines: one process instead of two."""
+    text = (HERE / "README.md").read_text()
+    text = re.sub(r" *\\\n *", " ", text)
+    blocks = "".join(block for kind, block in re.findall(r"(?s)```(\w*)\n(.*?)```", text) if not kind)
+    lines = re.findall(r"(?m)^(?:pip .*? && |torchrun --\S+ (?:-- )?)?(?:python )?(\w+\.py.*?)(?:  +.*)?$", blocks)
+    assert len(lines) == blocks.count("\n") - 1  # but for the tests
+    for k, image in enumerate(data.glyphs(40, 40)[0]):
+        path = tmp_path / f"FOLDER/{k % 10}/{k}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        data.grid(image[None]).save(path)
+    (tmp_path / "MNIST").mkdir()
+    for name, content in idx_pair(data.glyphs(60, 28)[0][:, 0].numpy(), [k % 10 for k in range(60)]).items():
+        (tmp_path / f"MNIST/train-{name}").write_bytes(content)
+    short = SHORT | {"train.py": SHORT["train.py"] + " --batch 8 --net depth=1"}
+    run_all([f"python {line} {short.get(line.split()[0], '')}" for line in lines], tmp_path)
+    assert all((tmp_path / f"runs/{name}/final.json").exists() for name in "glyphs ect mf afm cafm mine mnist".split())
 
 
 def test_exercises_are_all_in_the_course():
