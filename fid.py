@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Callable, Iterable
 
+import data
 import torch
 import torch.distributed as dist
 import torch.nn as nn
@@ -27,7 +28,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-import data
 import losses
 import model
 import sample

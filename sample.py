@@ -12,13 +12,13 @@ import dataclasses
 import math
 from pathlib import Path
 
+import data
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-import data
 import model
 from data import option
 

@@ -20,20 +20,21 @@ import dataclasses
 import functools
 import json
 import math
+import os
 import shutil
 import signal
 import time
 from pathlib import Path
 
+import data
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 from tqdm import tqdm
 
-import data
 import fid
 import losses
 import model
@@ -122,6 +123,7 @@ def sampling(cfg: Config, guidance: float) -> dict:
 # ---- 2. The loop ----
 
 
+@data.alone
 def train(cfg: Config, until: int = 0) -> dict | None:
     """What final.json holds; {} where the run ended at step `until`, None after a signal."""
     # Data; a network and an optimizer for each role, G and, if adversarial, D.
@@ -143,6 +145,7 @@ def train(cfg: Config, until: int = 0) -> dict | None:
     bar = tqdm(range(start, until or cfg.steps), "training", cfg.steps, initial=start, disable=data.rank())
 
     with StopSignal() as stop:
+        stream = stop.ahead(stream, cfg)
         for step in bar:
             role = objective.turn(step, cfg)
             opt, turn = opts[role], turns[role]
@@ -168,18 +171,21 @@ def train(cfg: Config, until: int = 0) -> dict | None:
 
             # Records. One process that was asked to stop takes the others along.
             done, stopped = step + 1, stop.on_any_process()
+            ending = bool(stopped) or done in (until, cfg.steps)
             log.note(step, role, values | {"grad_norm": processes.plain(norm)}, opt.param_groups[0]["lr"])
-            save, show, write = due(done, cfg, stopped or done == until)
+            save, show, write = due(done, cfg, ending)
             if write:
                 log.flush(cfg, bar)  # before anything that is not finite is saved
+            confirm(out, step, role, values)
             if save:
-                save_checkpoint(out, done, time.perf_counter() - began, cfg, nets, opts, ema, processes)
+                seconds = time.perf_counter() - began
+                save_checkpoint(out, done, seconds, cfg, nets, opts, ema, processes, ending)
             if show and not stopped:
                 with processes.unsharded(ema):
                     write_grid(ema, cfg, out / "samples" / f"{done:07d}.png", codec, source)
                 log.since = time.perf_counter()
             if stopped:
-                return say(f"stopped by a signal after step {done}; saved {out}/last.pt: --resume goes on")
+                return stop.leave(f"after step {done}; saved {out}/last.pt: --resume goes on")
     with processes.unsharded(ema):
         return finish(ema, cfg, time.perf_counter() - began, codec, source) if until in (0, cfg.steps) else {}
 
@@ -319,8 +325,8 @@ def inherit(net: model.DiT, given: model.DiT, cfg: Config, at: float = 1.0, part
     model.load_weights(net, weights, cfg.init)
 
 
-def save_checkpoint(out: Path, step: int, seconds: float, cfg: Config, nets, opts, ema, processes) -> None:
-    """Write last.pt, which has all that a resumed run needs."""
+def save_checkpoint(out, step: int, seconds: float, cfg, nets, opts, ema, processes, ending: bool) -> None:
+    """Write all that a resumed run needs, to last.pt at the end, else to next.pt until it is confirmed."""
     networks = {role: {"config": net.config, "weights": net.state_dict(),
                        "optimizer": opts[role].state_dict()} for role, net in nets.items()}
     content = dict(step=step, seconds=seconds, config=dataclasses.asdict(cfg), ema=ema.state_dict(),
@@ -328,11 +334,14 @@ def save_checkpoint(out: Path, step: int, seconds: float, cfg: Config, nets, opt
     content = tree_map(processes.gather, content)
     if data.rank() > 0:
         return
-    model.write_checkpoint(content, out / "last.pt")
+    check_tensors(content, step)
+    path = out / ("last.pt" if ending else "next.pt")
+    model.write_checkpoint(content, path)
     if curves := data.optional("curves"):
         curves.draw_loss(out / "log.jsonl", out / "loss.png")
     if cfg.keep_every and step % cfg.keep_every == 0:
-        shutil.copyfile(out / "last.pt", out / f"step_{step:07d}.pt")
+        with data.replacing(out / f"step_{step:07d}.pt") as aside:
+            shutil.copyfile(path, aside)
 
 
 def resume(cfg: Config, source: data.Dataset, nets, opts, ema, processes) -> tuple[int, float]:
@@ -341,18 +350,15 @@ def resume(cfg: Config, source: data.Dataset, nets, opts, ema, processes) -> tup
     content = model.read_checkpoint(path)
     check_resume(path, content, cfg, source)
 
-    def load(net: nn.Module, weights: dict) -> None:
-        own = net.state_dict()
-        model.load_weights(net, {k: processes.scatter(v, own.get(k)) for k, v in weights.items()}, path)
-
-    load(ema, content["ema"])
+    model.load_weights(ema, content["ema"], path, processes.scatter)
     for role, saved in content["networks"].items():
-        load(nets[role], saved["weights"])
-        params = opts[role].param_groups[0]["params"]
-        state = {i: {k: processes.scatter(v, params[i]) if v.dim() else v for k, v in s.items()}
-                 for i, s in saved["optimizer"]["state"].items()}
-        opts[role].load_state_dict(saved["optimizer"] | {"state": state})
-        opts[role].param_groups[0].update(betas=(cfg.beta1, cfg.beta2), weight_decay=cfg.weight_decay)
+        model.load_weights(nets[role], saved["weights"], path, processes.scatter)
+        own, params = opts[role].state_dict(), opts[role].param_groups[0]["params"]
+        if checks := data.optional("checks"):
+            checks.check_moments(saved.get("optimizer"), params, path)
+        own["state"] = {i: {k: processes.scatter(v.clone(), p) if v.dim() else v for k, v in s.items()}
+                        for (i, s), p in zip(saved["optimizer"]["state"].items(), params)}
+        opts[role].load_state_dict(own)
     return content["step"], content["seconds"]
 
 
@@ -364,7 +370,7 @@ def due(done: int, cfg: Config, ending: bool) -> tuple[bool, bool, bool]:
     log_every = cfg.log_every if cfg.steps >= cfg.log_every else max(1, cfg.steps // 20)
     periods = cfg.save_every, cfg.keep_every, cfg.sample_every, log_every
     save, keep, show, write = (period != 0 and done % period == 0 for period in periods)
-    save = save or keep or ending or done == cfg.steps
+    save = save or keep or ending
     return save, show, write or save or show
 
 
@@ -520,11 +526,14 @@ def main(argv: list[str] | None = None, **defaults) -> None:
 
 
 class StopSignal:
-    """SIGTERM or Ctrl-C: finish the step, save and leave; Ctrl-C 2 seconds later: end at once."""
-    asked = 0.0
+    """SIGTERM, SIGHUP, Ctrl-C, or data that cannot be read: finish the step, save and leave; Ctrl-C 2 seconds
+    later: end at once."""
+    asked, failed, stopped = 0.0, None, 0
 
     def __enter__(self):
-        self.before = {s: signal.signal(s, self.note) for s in (signal.SIGTERM, signal.SIGINT)}
+        hangup = () if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else (signal.SIGHUP,)  # nohup
+        numbers = signal.SIGTERM, signal.SIGINT, *hangup
+        self.before = {s: signal.signal(s, self.note) for s in numbers}
         return self
 
     def __exit__(self, *_):
@@ -536,19 +545,45 @@ class StopSignal:
         if number == signal.SIGINT and time.monotonic() > self.asked + 2:  # sooner: torchrun's copy
             raise KeyboardInterrupt
 
-    def on_any_process(self) -> bool:
-        """Whether any process was asked."""
-        asked = torch.tensor([float(self.asked > 0)])
+    def ahead(self, stream, cfg: Config):
+        """The stream; a step ahead, so that an error in it stops the run like a signal."""
+        faults = data.optional("faults")
+        return faults.ahead(stream, cfg.accumulation, self) if faults else stream
+
+    def on_any_process(self) -> int:
+        """0, 1 where any process was asked to stop, or 2 where one has no data."""
+        asked = torch.tensor(2 if self.failed else int(self.asked > 0))
         if dist.is_initialized():
-            dist.all_reduce(asked)
-        return bool(asked)
+            dist.all_reduce(asked, dist.ReduceOp.MAX)
+        self.stopped = int(asked)
+        return self.stopped
+
+    def leave(self, where: str) -> None:
+        if self.failed:
+            raise ValueError(f"{self.failed} ({where})")
+        if self.stopped == 2:
+            raise ConnectionError("another process has no data")
+        say(f"stopped by a signal {where}")
+
+
+def confirm(out: Path, step: int, role: str, values: dict) -> None:
+    """next.pt becomes last.pt when the loss after it is finite."""
+    if data.rank() == 0 and (out / "next.pt").exists():
+        check_finite({name: float(value) for name, value in values.items()}, step, role)
+        os.replace(out / "next.pt", out / "last.pt")
+
+
+def check_tensors(content: dict, step: int) -> None:
+    if not all(x.isfinite().all() for x in tree_leaves(content) if torch.is_tensor(x)):
+        raise ValueError(f"step {step}: weights or moments are not finite; last.pt, if any, is older and "
+                         "sound: --resume with a lower --lr")
 
 
 def check_finite(row: dict, step: int, role: str) -> None:
     for name, value in row.items():
         if not math.isfinite(value):
-            raise ValueError(f"step {step}, network {role}: {name} is {value}; last.pt is older and sound: "
-                             "--resume with a lower --lr or --clip")
+            raise ValueError(f"step {step}, network {role}: {name} is {value}; last.pt, if any, is "
+                             "older and sound: --resume with a lower --lr or --clip")
 
 
 def warn_of_sameness(fake: list, labels: Tensor, source: data.Dataset) -> None:
@@ -576,8 +611,7 @@ def warn_of_start(cfg: Config, source: data.Dataset) -> None:
 
 def check(cfg: Config) -> None:
     """ValueError for settings that cannot work; else the run folder is made."""
-    micro_batch(cfg)
-    losses.at_least(cfg, 1, "steps", "log_every", "save_every", "sample_steps")
+    micro_batch(data.checked(cfg))
     losses.find(cfg.loss).check(cfg)
     if cfg.data in ("glyphs:1", "glyphs:2", "glyphs:3"):
         raise ValueError(f"--data {cfg.data}: held out to score with; use glyphs, or glyphs:4 and on")
@@ -588,6 +622,8 @@ def check(cfg: Config) -> None:
         raise ValueError(f"{out} holds a run already: give --resume to go on, or another --out")
     data.barrier()
     (out / "samples").mkdir(parents=True, exist_ok=True)
+    for left in [*out.glob(".[0-9]*"), *out.glob("samples/.[0-9]*"), out / "next.pt"] * (data.rank() == 0):
+        left.unlink(missing_ok=True)  # by a process that was killed
 
 
 def check_given(given: model.DiT, net: model.DiT, cfg: Config) -> None:
@@ -600,14 +636,15 @@ def check_given(given: model.DiT, net: model.DiT, cfg: Config) -> None:
 
 def check_resume(path: Path, content: dict, cfg: Config, source: data.Dataset) -> None:
     """ValueError where a checkpoint is not of this run; a note of changed settings."""
-    if "networks" not in content:
-        raise ValueError(f"{path}: not a checkpoint of train.py; start from it with --init")
     objective = losses.find(cfg.loss)
+    roles = {"G", "D"} if objective.D else {"G"}
+    if not {"step", "seconds", "config", "networks"} <= {*content} or {*content["networks"]} != roles:
+        raise ValueError(f"{path}: not a checkpoint of --loss {cfg.loss} to go on with: use --init {path}")
     for name, old in content["config"].items():
         new = getattr(cfg, name, None)
         if new == old or name in ("resume", "out"):
             continue
-        fixed = name in ("loss", "model", "net", "predict", "data", "size")
+        fixed = name in ("loss", "model", "net", "predict", "data", "size", "init", "d_init")
         if name in objective.flags:  # where the network or its sampling changes
             was = dataclasses.replace(cfg, **{name: old})
             fixed = objective.network(was, source) != objective.network(cfg, source)

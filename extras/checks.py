@@ -1,0 +1,130 @@
+"""What is refused: settings out of their bounds, and checkpoints that are not what train.py writes.
+
+The core asks for these checks by `data.optional("checks")`, before it uses a setting and before it builds
+anything of a checkpoint. Other files have the checks of what they read themselves.
+
+    python -m extras.checks FILE.pt ...         whether these are checkpoints that can be used
+"""
+import dataclasses
+import math
+import os
+import sys
+
+import torch
+
+import data
+import model
+
+# ---- 1. Settings ----
+
+# The lowest and the highest value of numeric flags, and one more; others are finite and 0 or more.
+BOUNDS = dict.fromkeys("""steps n batch accumulation log_every save_every sample_steps doublings d_steps
+                       candidates bank repeat best_of rounds stage shard omega_max""".split(), (1, 10 ** 9))
+BOUNDS |= dict.fromkeys("""ema label_drop beta1 beta2 jumps augment cg_time guide_until stitch_share
+                        guidance_low guidance_high""".split(), (0, 1))
+BOUNDS |= dict.fromkeys(("time_mean", "kappa", "seed"), (-2.0 ** 63, 2.0 ** 63))
+BOUNDS |= dict.fromkeys(("shift", "rho", "data_std", "interval"), (0.001, 1000))
+BOUNDS |= dict.fromkeys(("score", "num", "subset"), (2, 10 ** 9, 0))  # one has no covariance
+BOUNDS |= dict(batch=(1, 10 ** 6), size=(0, 2 ** 14), sample_steps=(1, 10 ** 5), workers=(-1, 1000),
+               nfe=(0, 1000), beta1=(0, 0.9999), beta2=(0, 0.999999), repeats=(0, 64), finest=(2, 2 ** 16))
+
+
+def check_values(cfg):
+    """The settings cfg; ValueError for one of another type than its default, or out of `BOUNDS`."""
+    for field in dataclasses.fields(cfg):
+        name, value, kind = field.name, getattr(cfg, field.name), type(field.default)
+        if value is None or value == field.default and type(value) is kind:
+            continue
+        if type(value) not in {kind, int if kind is float else kind}:
+            raise ValueError(f"--{name} {value!r}: expected a value of type {kind.__name__}")
+        if (choices := field.metadata.get("choices")) and str(value).partition(":")[0] not in choices:
+            raise ValueError(f"--{name} {value}: expected one of {', '.join(choices)}")
+        if kind in (int, float):
+            low, high, *one = BOUNDS.get(name, (0, 10 ** 9 if kind is int else sys.float_info.max))
+            if not low <= value <= high and value not in one:
+                high, one = f"to {high:g}" if high < 10 ** 9 else "or more", f", or {one[0]}" if one else ""
+                raise ValueError(f"--{name} {value}: expected {low:g} {high}{one}, and finite")
+    return cfg
+
+
+# ---- 2. Checkpoints ----
+
+
+def check_checkpoint(content: dict, path) -> None:
+    """ValueError where one of ours is not what train.py writes, or its config not that of its tensors."""
+    if "networks" not in content:
+        return
+    def must(fine: bool, what: str) -> None:
+        if not fine:
+            raise ValueError(f"{path}: damaged, or not a checkpoint of train.py ({what[:99]}); make it again")
+
+    step, seconds, networks = content.get("step", 0), content.get("seconds", 0), content["networks"]
+    must(type(step) is int and 0 <= step < 2 ** 53, f"step {step!r}")
+    must(type(seconds) in (int, float) and 0 <= seconds < math.inf, f"seconds {seconds!r}")
+    must(isinstance(networks, dict) and {"G"} <= {*networks} <= {"G", "D"}, "networks")
+    must(all(isinstance(net, dict) for net in networks.values()), "networks")
+    settings = [content.get("config", {}), content.get("sampling", {}), networks["G"].get("config")]
+    must(all(map(is_plain, settings)), "settings")
+    config, weights = settings[-1], networks["G"].get("weights")
+    for tensors in (content.get("ema"), *(net.get("weights") for net in networks.values())):
+        check_stored(tensors, path)
+
+    size, patch, width, depth = own = [config.get(k) for k in ("input_size", "patch", "width", "depth")]
+    blocks, table = {k.split(".")[1] for k in weights if k.startswith("blocks.")}, weights.get("pos_embed")
+    must(all(type(n) is int and n > 0 for n in own) and len(blocks) == depth and table is not None
+         and table.dim() == 3 and table.shape[2] == width and (size // patch) ** 2 <= table.shape[1],
+         "its config is not that of its tensors")  # before any memory is asked for
+    try:
+        with torch.device("meta"):
+            net = model.build(config)
+    except Exception as error:  # of whatever a part does with a wrong setting
+        must(False, f"its config makes no network: {error}")
+    model.check_weights(net, weights, path)
+    model.check_weights(net, content["ema"], path)
+
+
+def is_plain(settings) -> bool:
+    """Whether these are finite numbers and strings by name, or a list of strings."""
+    return isinstance(settings, dict) and all(
+        type(k) is str and (type(v) in (bool, int, str) or type(v) is float and math.isfinite(v)
+                            or type(v) is list and all(type(text) is str for text in v))
+        for k, v in settings.items())
+
+
+def check_stored(tensors, path) -> None:
+    """ValueError unless these are floats by name, and no more of them than a file of that size holds."""
+    floats = torch.float16, torch.bfloat16, torch.float32, torch.float64
+    if not isinstance(tensors, dict):
+        raise ValueError(f"{path}: damaged: a {type(tensors).__name__} in place of weights by name")
+    for name, x in tensors.items():
+        fine = type(name) is str and torch.is_tensor(x) and x.dtype in floats and x.device.type == "cpu"
+        if not fine or x.layout != torch.strided:
+            raise ValueError(f"{path}: {name!s:.80} is no tensor of floats ({getattr(x, 'dtype', type(x))})")
+    if os.path.isfile(path) and sum(x.nbytes for x in tensors.values()) > os.path.getsize(path):
+        raise ValueError(f"{path}: damaged: its tensors are larger than the file")
+
+
+def check_moments(optimizer, params: list, path) -> None:
+    """ValueError unless these are AdamW's step and moments of each parameter or, at first, none."""
+    state = optimizer.get("state") if isinstance(optimizer, dict) else None
+    fine = isinstance(state, dict) and {*state} in (set(), {*range(len(params))})
+    for i, p in enumerate(params) if state and fine else ():
+        s = state[i] if isinstance(state[i], dict) else {}
+        check_stored(s, path)
+        fine &= [(k, tuple(x.shape)) for k, x in s.items()] == [
+            ("step", ()), ("exp_avg", tuple(p.shape)), ("exp_avg_sq", tuple(p.shape))]
+        fine = fine and all(x.isfinite().all() and x.min() >= 0 for k, x in s.items() if k != "exp_avg")
+        fine = fine and bool(s["exp_avg"].isfinite().all())
+    if not fine:
+        raise ValueError(f"{path}: its optimizer is not that of the {len(params)} parameters of its network: "
+                         f"damaged; start a new run with --init {path}")
+
+
+def main(argv: list[str] | None = None) -> None:
+    for path in sys.argv[1:] if argv is None else argv:
+        content = model.read_checkpoint(path)
+        print(f"{path}: step {content.get('step', 'unknown')}, {', '.join(map(str, content))}")
+
+
+if __name__ == "__main__":
+    data.run_cli(main)
