@@ -15,6 +15,7 @@ import gc
 import hashlib
 import importlib
 import itertools
+import json
 import math
 import multiprocessing
 import os
@@ -22,12 +23,12 @@ import re
 import signal
 import stat
 import sys
-import threading
 import typing
 from pathlib import Path
 
-sys.excepthook = lambda kind, *error: (  # for Ctrl-C while torch is imported
-    sys.stderr.write("error: interrupted\n") if kind is KeyboardInterrupt else sys.__excepthook__(kind, *error))
+ENDS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
+sys.excepthook = lambda kind, *rest: (  # for Ctrl-C while torch is imported
+    sys.__excepthook__(kind, *rest) if kind != KeyboardInterrupt else print("error: interrupted", file=sys.stderr))
 
 import numpy as np
 import torch
@@ -229,9 +230,10 @@ class Files(Dataset):
         try:
             with self.open(self.names[i]) as file:
                 image = decode(file, name, self.size)
+        except ValueError:
+            raise
         except Exception as error:  # OSError, and what archives raise
-            told = error if name in str(error) else f"{name}: cannot be read ({error}); repair or remove it"
-            raise ValueError(told) from error
+            raise ValueError(f"{name}: cannot be read ({error}); repair or remove it") from error
         if i and image.shape != self.shape:
             (_, h, w), (_, first_h, first_w) = image.shape, self.shape
             raise ValueError(f"{name} is {w}x{h}, {self.names[0]} {first_w}x{first_h}; crop all by --size")
@@ -256,7 +258,8 @@ IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".ti
 
 def read_folder(root: Path, size: int | None) -> Files | None:
     """A folder of images, a subfolder for each class (ImageNet's layout), or flat: one class."""
-    files = [Path(folder, f) for folder, inside in walk(root) for f in inside]
+    walk = getattr(optional("checks"), "walk", os.walk)
+    files = [Path(folder, f) for folder, _, inside in walk(root, followlinks=True) for f in inside]
     names = sorted(f.relative_to(root).as_posix() for f in files if f.suffix.lower() in IMAGE_SUFFIXES)
     if not names:
         return None
@@ -282,7 +285,7 @@ def read_npz(path: Path, size: int | None) -> Arrays | None:
     except Exception as error:  # of numpy, zipfile and zlib
         why = " ".join(str(error).split())[:80]
         raise ValueError(f"{path}: not a readable .npz ({why}); write it by numpy.savez") from None
-    check_array(path, held, key, images)
+    check_array(path, held, key, images, size)
     if images.shape[3] in (1, 3):
         images = images.transpose(0, 3, 1, 2)
     labels = np.zeros(len(images), np.int64) if labels is None else labels
@@ -295,8 +298,7 @@ READERS = {"glyphs": read_glyphs, "npz": read_npz, "folder": read_folder}  # (pa
 def dataset(source: str, size: int | None = None) -> Dataset:
     """The data set at a path, glyphs or glyphs:SEED; images cropped to `size`, or as they are."""
     path, absent = Path(source), ""
-    if path.exists() and not (path.is_file() or path.is_dir()):
-        raise ValueError(f"{source}: no file and no folder, but a pipe or device; name a file or folder")
+    check_source(path)
     for module in ("", "formats", "latents"):  # of extras/, where the core cannot read it
         if module and not optional(module):
             absent += f"; extras/{module}.py is not there"
@@ -323,9 +325,6 @@ def index_at(n: int, position: int, seed: int) -> int:
     return int(permutation(n, seed, epoch)[offset])
 
 
-ENDS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
-
-
 def _ignore_signals(_worker: int) -> None:
     for number in ENDS:  # the main process finishes its step and saves
         signal.signal(number, signal.SIG_IGN)
@@ -335,12 +334,9 @@ def batches(source: Dataset, index_lists: typing.Iterable[list[int]], workers: i
     """Yield (items (b, C, h, w), labels int64 (b,)) for lists of indices; workers -1: 4 for files."""
     if workers < 0:
         workers = min(4, os.cpu_count()) if isinstance(source, Files) else 0
-    before = signal.getsignal(signal.SIGCHLD)
-    loader = iter(torch.utils.data.DataLoader(  # by a generator of its own: torch's stays as it is
+    loader = torch.utils.data.DataLoader(  # by a generator of its own: torch's stays as it is
         source, batch_size=None, sampler=index_lists, num_workers=workers, worker_init_fn=_ignore_signals,
-        generator=torch.Generator()))
-    if workers and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGCHLD, before)  # torch's handler would raise in the middle of a step
+        generator=torch.Generator())
     for batch in loader:
         if isinstance(batch, ValueError):
             raise batch
@@ -449,8 +445,7 @@ def start_processes(device: str = "auto") -> torch.device:
         torch.cuda.set_device(device)
     if "RANK" in os.environ and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo")
-        if faults := optional("faults"):
-            faults.listen()
+        getattr(optional("faults"), "listen", bool)()
     return torch.device(device)
 
 
@@ -514,8 +509,7 @@ def run_cli(main: typing.Callable) -> None:
         main = importlib.import_module(spec.name if spec else Path(sys.argv[0]).stem).main
     faults = optional("faults")
     try:
-        if faults:
-            faults.listen()
+        getattr(faults, "listen", bool)()
         main()
     except (Exception, KeyboardInterrupt) as error:
         for number in ENDS:
@@ -531,37 +525,54 @@ def run_cli(main: typing.Callable) -> None:
             child.kill()
 
 
-def checked(cfg):
-    """The settings, if extras/checks.py finds them possible."""
-    checks = optional("checks")
-    return checks.check_values(cfg) if checks else cfg
+def checked(cfg, *sides):
+    """The settings, if extras/checks.py finds them possible; sides: what fid.py compares."""
+    return getattr(optional("checks"), "check_settings", lambda cfg, *_: cfg)(cfg, *sides)
 
 
 def alone(run: typing.Callable):
     """Decorator of run(cfg, ..): the folder cfg.out is locked meanwhile, by extras/faults.py."""
     @functools.wraps(run)
     def locked(cfg, *more, **options):
-        faults = optional("faults")
-        with faults.lock(Path(cfg.out)) if faults else contextlib.nullcontext():
+        with getattr(optional("faults"), "lock", contextlib.nullcontext)(Path(cfg.out)):
             return run(cfg, *more, **options)
     return locked
 
 
 @contextlib.contextmanager
-def replacing(path: Path):
+def replacing(path: Path, fix: str = "free disk space"):
     """A name to write to, which takes the place of `path` in the end; nothing is left of an error."""
     aside = path.with_name(f".{os.getpid()}.{path.name}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield aside
         os.replace(aside, path)
+    except (OSError, RuntimeError) as error:  # of torch.save
+        reason = str(error).splitlines()[0]
+        raise OSError(f"{path} could not be written ({reason}), any before is untouched: {fix}") from error
     finally:
-        aside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            aside.unlink()
 
 
-def check_length(w: int, h: int, size: int) -> None:
+def read_rows(path: Path) -> list[dict]:
+    """The objects with a step in the lines of a .jsonl file; what is damaged or unfinished is left out."""
+    rows = []
+    for line in path.read_text(errors="replace").splitlines() if path.is_file() else ():
+        with contextlib.suppress(ValueError, RecursionError):
+            rows.append(json.loads(line))
+    return [row for row in rows if isinstance(row, dict) and type(row.get("step")) is int]
+
+
+def check_length(w: int, h: int, size: int, where: str = "") -> None:
     """ValueError for a strip that would take all memory once its short side has `size` pixels."""
     if max(w, h) * size ** 2 > 2 ** 27 * min(w, h):
-        raise ValueError(f"{w} x {h} pixels are too long to crop to {size}; cut it")
+        raise ValueError(f"{where}{w} x {h} pixels are too long to crop to {size}; cut it")
+
+
+def check_source(path: Path) -> None:
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise ValueError(f"{path}: a pipe or device; name a file or folder")
 
 
 def open_file(path: Path):
@@ -573,25 +584,14 @@ def open_file(path: Path):
     return file
 
 
-def walk(root: Path):
-    """Yield (folder, names of files) below root, through links; a folder that comes twice is refused."""
-    def refuse(error):
-        raise error
-    seen = {}
-    for folder, _, names in os.walk(root, followlinks=True, onerror=refuse):
-        found = os.stat(folder)
-        first = seen.setdefault((found.st_dev, found.st_ino), folder)
-        if first != folder:
-            raise ValueError(f"{folder}: a link to {first}, so images would come twice; remove the link")
-        yield folder, names
-
-
-def check_array(path: Path, held: list[str], key: str, images) -> None:
+def check_array(path: Path, held: list[str], key: str, images, size: int | None) -> None:
     if images is None:
         raise ValueError(f"{path}: holds {', '.join(held) or 'nothing'}; expected `images` or `arr_0`")
     shape = images.shape
     if images.dtype != np.uint8 or images.ndim != 4 or 0 in shape or not {*shape[1::2]} & {1, 3}:
         raise ValueError(f"{path}: {key} is {images.dtype} {images.shape}; expected uint8 (N, h, w, 3)")
+    if size:
+        check_length(*shape[1:3] if shape[3] in (1, 3) else shape[2:], size, f"{path}: {key}: ")
 
 
 def check_labels(labels, n: int, where: str) -> Tensor:

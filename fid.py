@@ -28,7 +28,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-import losses
 import model
 import sample
 from data import option
@@ -161,14 +160,12 @@ def glyph_net() -> GlyphNet:
         net = GlyphNet()
     if data.rank() == 0:
         try:
-            net.load_state_dict(torch.load(path, weights_only=True))
+            model.load_weights(net, torch.load(path, weights_only=True), path)
         except Exception as error:  # no file yet, or a damaged one
             if path.exists():
                 data.note(f"{path} is damaged ({type(error).__name__}): training GlyphNet again")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            unfinished = path.with_name(f"{path.name}.{os.getpid()}")
-            torch.save(train_glyph_net().state_dict(), unfinished)
-            os.replace(unfinished, path)
+            with data.replacing(path, "let TRIFLOW_CACHE name a folder with room") as aside:
+                torch.save(train_glyph_net().state_dict(), aside)
     data.barrier()
     net.load_state_dict(torch.load(path, weights_only=True))
     return net.requires_grad_(False).eval()
@@ -354,8 +351,7 @@ def evaluate(generated, reference="", net: nn.Module | None = None, **options) -
     options: fields of `Config`. net: other features, with extract, widths, label, resize and suffix as
     GlyphNet has; on GlyphNet "glyphs" stands for as many held-out real ones."""
     cfg = Config(**options)
-    losses.at_least(cfg, 1, "batch")
-    losses.at_least(cfg, 0, "num", "subset", "size")
+    data.checked(cfg, generated, reference)
     write = data.extra("stored", "--save_stats").write if cfg.save_stats else None
     cfg.device = str(data.start_processes(cfg.device))
     net = net or data.lookup(FEATURES, cfg.features, "--features")(cfg.weights, cfg.resize, cfg.device)

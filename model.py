@@ -14,7 +14,6 @@ import argparse
 import contextlib
 import inspect
 import math
-import os
 import pickle
 import zipfile
 from pathlib import Path
@@ -433,7 +432,7 @@ class Part:
 
 def part(name: str) -> type:
     """The class "FILE.CLASS" of extras/, and nothing else: such names come from checkpoints."""
-    file, _, kind = name.partition(".")
+    file, _, kind = str(name).partition(".")
     found = getattr(data.extra(file, f"network part {name!r}"), kind, None)
     if not (isinstance(found, type) and issubclass(found, Part) and found.__module__ == f"extras.{file}"):
         raise ValueError(f"network part {name!r}: extras/{file}.py has no such part")
@@ -524,7 +523,8 @@ def check_sizes(c: dict) -> None:
         raise ValueError(f"{c['input_size']} pixels: expected a multiple of {c['patch']}, the patch")
     if c["width"] % c["heads"] or c["width"] % 4:
         raise ValueError(f"width {c['width']} must be a multiple of 4 and of the {c['heads']} heads")
-    for name, choices in dict(predict=("v", "x"), norm=tuple(NORMS), times=(0, 1, 2)).items():
+    flags = dict.fromkeys(("null_class", "learn_sigma"), (False, True))
+    for name, choices in dict(predict=("v", "x"), norm=tuple(NORMS), times=(0, 1, 2), **flags).items():
         if c[name] not in choices:
             raise ValueError(f"{name} {c[name]!r}: expected one of {', '.join(map(str, choices))}")
 
@@ -556,26 +556,13 @@ def read_checkpoint(path) -> dict:
 
 def write_checkpoint(content: dict, path: Path) -> None:
     """Write a .pt file as a temporary one that then takes its name."""
-    unfinished = path.with_name(path.name + ".tmp")
-    try:
-        torch.save(content, unfinished)
-        os.replace(unfinished, path)
-    except (OSError, RuntimeError) as error:
-        unfinished.unlink(missing_ok=True)
-        reason = str(error).splitlines()[0]
-        raise OSError(f"{path} could not be written ({reason}), the one before is untouched: free disk "
-                      "space, then --resume") from error
+    with data.replacing(path, "free disk space, then --resume") as aside:
+        torch.save(content, aside)
 
 
 def load_weights(net: nn.Module, weights: dict, path, place=lambda value, own: value) -> None:
-    """Strict load; a ValueError names keys or shapes that differ. place(value, own tensor): this process's
-    share."""
-    check_weights(net, weights, path)
-    own = net.state_dict()
-    net.load_state_dict({name: place(value, own[name]) for name, value in weights.items()})
-
-
-def check_weights(net: nn.Module, weights: dict, path) -> None:
+    """Strict load of finite weights; a ValueError names keys or shapes that differ. place(value, own tensor):
+    this process's share."""
     own = net.state_dict()
     problems = [f"{k} is missing" for k in own if k not in weights]
     problems += [f"{k} is unknown" for k in weights if k not in own]
@@ -586,8 +573,8 @@ def check_weights(net: nn.Module, weights: dict, path) -> None:
         raise ValueError(f"{path}: weights of another network: {'; '.join(problems[:3])}{more}; "
                          "give its --model, --size and data")
     if wrong := [k for k, value in weights.items() if not value.isfinite().all()]:
-        raise ValueError(f"{path}: {wrong[0]} is not finite, as of a run that diverged: take an earlier "
-                         "checkpoint")
+        raise ValueError(f"{path}: {wrong[0]} is not finite, the run diverged: take an earlier checkpoint")
+    net.load_state_dict({name: place(value, own[name]) for name, value in weights.items()})
 
 
 def bare(net):

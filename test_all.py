@@ -590,7 +590,7 @@ def test_model_checkpoints_load_or_are_explained(tmp_path, monkeypatch):
     torch.save(weights, path)
     raises(load, "not a checkpoint of train.py", "extras/official.py")
     save_tiny(path, networks=dict(G=dict(config=net.config | dict(colour=1), weights=weights)))
-    raises(load, "x.pt: damaged", "'colour'")
+    raises(load, "'colour'")
     save_tiny(path, ema=dict(list(weights.items())[5:], pos_embed=torch.zeros(2)))
     raises(load, "x_embedder.proj.weight is missing", "and 2 more", "--model")
     monkeypatch.setenv("TRIFLOW_ATTACK", str(tmp_path / "ran"))
@@ -1380,7 +1380,7 @@ def test_train_moves_one_network_at_a_time(tmp_path, loss, monkeypatch):
     train."""
     states = []
 
-    def note(out, step, seconds, cfg, nets, opts, ema, processes):
+    def note(out, step, seconds, cfg, nets, opts, ema, processes, ending):
         assert all(p.grad is None for net in nets.values() for p in net.parameters()), "left over"
         for net in (nets := nets | {"ema": ema}).values():
             net.held = {k: v.clone() for k, v in net.state_dict().items()}

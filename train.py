@@ -32,7 +32,7 @@ import torch.distributed as dist
 import torch.nn as nn
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 from tqdm import tqdm
 
 import fid
@@ -145,7 +145,7 @@ def train(cfg: Config, until: int = 0) -> dict | None:
     bar = tqdm(range(start, until or cfg.steps), "training", cfg.steps, initial=start, disable=data.rank())
 
     with StopSignal() as stop:
-        stream = stop.ahead(stream, cfg)
+        stream = getattr(data.optional("faults"), "ahead", lambda stream, *_: stream)(stream, cfg, stop)
         for step in bar:
             role = objective.turn(step, cfg)
             opt, turn = opts[role], turns[role]
@@ -303,7 +303,8 @@ def build(cfg: Config, source: data.Dataset, given: model.DiT | None = None) -> 
     try:
         changes = dict(pair.split("=") for pair in cfg.net.split())
         options |= {name: ast.literal_eval(value) for name, value in changes.items()}
-    except (ValueError, SyntaxError):
+        options["parts"] = [*options.get("parts", [])]
+    except (ValueError, SyntaxError, TypeError):
         raise ValueError(f"--net {cfg.net}: expected something like 'depth=6 width=192'") from None
 
     with torch.random.fork_rng(devices=[]):
@@ -334,7 +335,8 @@ def save_checkpoint(out, step: int, seconds: float, cfg, nets, opts, ema, proces
     content = tree_map(processes.gather, content)
     if data.rank() > 0:
         return
-    check_tensors(content, step)
+    if checks := data.optional("checks"):
+        checks.check_finite(content, step)
     path = out / ("last.pt" if ending else "next.pt")
     model.write_checkpoint(content, path)
     if curves := data.optional("curves"):
@@ -416,15 +418,6 @@ class Log:
         bar.set_postfix(loss=f"{means['loss']:.4f}", img_s=f"{speed:.0f}", refresh=False)
 
 
-def read_log(path: Path) -> list[dict]:
-    """The lines of a .jsonl file, but for an unfinished one."""
-    rows = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        with contextlib.suppress(json.JSONDecodeError):
-            rows.append(json.loads(line))
-    return rows
-
-
 def write_grid(ema: nn.Module, cfg: Config, path: Path, codec, source: data.Dataset) -> None:
     """A guided grid of fixed noise: a column for each of up to ten classes, or ten of one."""
     if not losses.find(cfg.loss).draws_images or ema.shape[0] != 3 and codec is None:
@@ -434,8 +427,8 @@ def write_grid(ema: nn.Module, cfg: Config, path: Path, codec, source: data.Data
     labels = sample.labels_for(4 * columns, shown)
     options = sampling(cfg, cfg.guidance if ema.null_class else 1.0)
     fake = list(sample.generate(ema, labels, cfg.seed, len(labels), codec=codec, **options))
-    if losses.find(cfg.loss).D and source.shape[0] == 3:
-        warn_of_sameness(fake, labels, source)
+    if losses.find(cfg.loss).D and source.shape[0] == 3 and (notes := data.optional("notes")):
+        notes.warn_of_sameness(fake, labels, source)
     sample.write_samples(fake, labels, sample.image_shape(ema, codec), path, columns)
 
 
@@ -463,7 +456,8 @@ def say(text: str) -> None:
 
 def report_start(cfg: Config, source: data.Dataset, net: nn.Module, device: torch.device) -> None:
     """Write config.json, say what is trained, and make GlyphNet before hours of training."""
-    warn_of_start(cfg, source)
+    if notes := data.optional("notes"):
+        notes.warn_of_start(cfg, source)
     if scored(cfg):
         fid.glyph_net()
     if data.rank() == 0:
@@ -503,14 +497,15 @@ def read_settings(argv: list[str] | None, **defaults) -> Config:
     asked, _ = given.parse_known_args(argv)
     last = Path(asked.out) / "last.pt"
     was = model.read_checkpoint(last).get("config", {}) if asked.resume and last.exists() else {}
-    if ":" in was.get("loss", "") and not asked.loss:
-        raise ValueError(f"{last}: give again the --loss {was['loss']} that it was trained with")
+    was, code = without_code(was, asked, last)
     loss = asked.loss or was.get("loss") or defaults.get("loss", "fm")
     objective, kind = losses.find(loss), config_class(loss)
     known = usual(loss, asked.init or was.get("init")) | defaults
     known |= {k: v for k, v in was.items() if hasattr(kind, k)} | dict(loss=loss)
     known |= {k: v for k, v in vars(asked).items() if v}
-    return data.parse(kind, argv, __doc__, own=tuple(objective.flags), elsewhere=takers, **known)
+    takers = getattr(data.optional("notes"), "takers", lambda flag: "")
+    cfg = data.parse(kind, argv, __doc__, own=tuple(objective.flags), elsewhere=takers, **known)
+    return check_code(cfg, code, last)
 
 
 def main(argv: list[str] | None = None, **defaults) -> None:
@@ -545,11 +540,6 @@ class StopSignal:
         if number == signal.SIGINT and time.monotonic() > self.asked + 2:  # sooner: torchrun's copy
             raise KeyboardInterrupt
 
-    def ahead(self, stream, cfg: Config):
-        """The stream; a step ahead, so that an error in it stops the run like a signal."""
-        faults = data.optional("faults")
-        return faults.ahead(stream, cfg.accumulation, self) if faults else stream
-
     def on_any_process(self) -> int:
         """0, 1 where any process was asked to stop, or 2 where one has no data."""
         asked = torch.tensor(2 if self.failed else int(self.asked > 0))
@@ -573,10 +563,10 @@ def confirm(out: Path, step: int, role: str, values: dict) -> None:
         os.replace(out / "next.pt", out / "last.pt")
 
 
-def check_tensors(content: dict, step: int) -> None:
-    if not all(x.isfinite().all() for x in tree_leaves(content) if torch.is_tensor(x)):
-        raise ValueError(f"step {step}: weights or moments are not finite; last.pt, if any, is older and "
-                         "sound: --resume with a lower --lr")
+def read_log(path: Path) -> list[dict]:
+    """The lines of log.jsonl."""
+    return [row for row in data.read_rows(path)
+            if type(row.get("role")) is str and type(row.get("loss")) in (int, float)]
 
 
 def check_finite(row: dict, step: int, role: str) -> None:
@@ -584,29 +574,6 @@ def check_finite(row: dict, step: int, role: str) -> None:
         if not math.isfinite(value):
             raise ValueError(f"step {step}, network {role}: {name} is {value}; last.pt, if any, is "
                              "older and sound: --resume with a lower --lr or --clip")
-
-
-def warn_of_sameness(fake: list, labels: Tensor, source: data.Dataset) -> None:
-    """A note where the images of a class deviate half as much as the data's."""
-    known, deviations = torch.as_tensor(source.labels), []
-    real = [(known == k).nonzero()[:int(n), 0] for k, n in zip(*labels.unique(return_counts=True))]
-    for images, classes in [*((images, labels[indices]) for indices, images in fake),
-                            next(data.batches(source, [torch.cat(real).tolist()]))]:
-        own = [images[classes == k].float() for k in classes.unique()]
-        deviations.append(sum(x.std(0).mean() for x in own if len(x) > 1))
-    if len(deviations) == 2 and deviations[0] < deviations[1] / 2:  # on process 0, which has the samples
-        share = deviations[0] / deviations[1]
-        data.note(f"samples of a class deviate {share:.2f} times as much as the data: the generator forgets "
-                  "its noise; try a lower --lr than --d_lr, or more --ot")
-
-
-def warn_of_start(cfg: Config, source: data.Dataset) -> None:
-    if source.shape[0] != 3 and not cfg.codec:
-        data.note("no --codec to decode these latents, so no pictures")
-    scratch = losses.find(cfg.loss).scratch
-    if scratch is not None and not (cfg.init or cfg.resume):
-        own = ", ".join(f"{name} {getattr(cfg, name)}" for name in scratch)
-        data.note(f"{cfg.loss} is meant to start from a flow (--init RUN); from scratch: {own or 'may fail'}")
 
 
 def check(cfg: Config) -> None:
@@ -624,6 +591,22 @@ def check(cfg: Config) -> None:
     (out / "samples").mkdir(parents=True, exist_ok=True)
     for left in [*out.glob(".[0-9]*"), *out.glob("samples/.[0-9]*"), out / "next.pt"] * (data.rank() == 0):
         left.unlink(missing_ok=True)  # by a process that was killed
+
+
+def without_code(was: dict, asked, path) -> tuple[dict, dict]:
+    """A checkpoint's settings that name no code, and those that do: the user names these again."""
+    code = {name: value for name, value in was.items() if name == "encoder" or ".py" in str(value)}
+    if asked.loss:
+        code.pop("loss", "")
+    check_code(asked, code, path)
+    return {name: value for name, value in was.items() if name not in code}, code
+
+
+def check_code(cfg, code: dict, path):
+    for name, value in code.items():
+        if getattr(cfg, name, value) != value:
+            raise ValueError(f"{path}: give again the --{name} {value} that it was trained with")
+    return cfg
 
 
 def check_given(given: model.DiT, net: model.DiT, cfg: Config) -> None:
@@ -655,16 +638,6 @@ def check_resume(path: Path, content: dict, cfg: Config, source: data.Dataset) -
         data.note(f"resuming with --{name} {new} (was {old})")
     if content["step"] > cfg.steps:
         raise ValueError(f"{path}: step {content['step']} is beyond --steps {cfg.steps}; give more")
-
-
-def takers(flag: str) -> str:
-    """Which objectives take a flag."""
-    for path in data.extra_file("any").parent.glob("[!_]*.py"):
-        with contextlib.suppress(ValueError):  # one that lacks another
-            path.stem.startswith("test") or data.extra(path.stem, flag)
-    name = flag.removeprefix("no-")
-    names = [loss for loss, objective in losses.LOSSES.items() if name in objective.flags]
-    return f"--{flag} is a setting of --loss {', '.join(names)}" if names else ""
 
 
 if __name__ == "__main__":

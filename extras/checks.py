@@ -9,11 +9,15 @@ import dataclasses
 import math
 import os
 import sys
+import types
+from pathlib import Path
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 import data
 import model
+import sample
 
 # ---- 1. Settings ----
 
@@ -26,11 +30,19 @@ BOUNDS |= dict.fromkeys(("time_mean", "kappa", "seed"), (-2.0 ** 63, 2.0 ** 63))
 BOUNDS |= dict.fromkeys(("shift", "rho", "data_std", "interval"), (0.001, 1000))
 BOUNDS |= dict.fromkeys(("score", "num", "subset"), (2, 10 ** 9, 0))  # one has no covariance
 BOUNDS |= dict(batch=(1, 10 ** 6), size=(0, 2 ** 14), sample_steps=(1, 10 ** 5), workers=(-1, 1000),
-               nfe=(0, 1000), beta1=(0, 0.9999), beta2=(0, 0.999999), repeats=(0, 64), finest=(2, 2 ** 16))
+               nfe=(0, 1000), beta1=(0, 0.9999), beta2=(0, 0.999999), repeats=(0, 64), stages=(2, 16), finest=(2, 2 ** 16))
 
 
-def check_values(cfg):
-    """The settings cfg; ValueError for one of another type than its default, or out of `BOUNDS`."""
+def check_settings(cfg, *sides):
+    """cfg, if its values are possible and, where `sides` are compared by fid.py, used."""
+    check_values(cfg)
+    if sides:
+        check_used(cfg, *sides)
+    return cfg
+
+
+def check_values(cfg) -> None:
+    """ValueError for a setting of another type than its default, or out of `BOUNDS`."""
     for field in dataclasses.fields(cfg):
         name, value, kind = field.name, getattr(cfg, field.name), type(field.default)
         if value is None or value == field.default and type(value) is kind:
@@ -42,9 +54,29 @@ def check_values(cfg):
         if kind in (int, float):
             low, high, *one = BOUNDS.get(name, (0, 10 ** 9 if kind is int else sys.float_info.max))
             if not low <= value <= high and value not in one:
-                high, one = f"to {high:g}" if high < 10 ** 9 else "or more", f", or {one[0]}" if one else ""
-                raise ValueError(f"--{name} {value}: expected {low:g} {high}{one}, and finite")
-    return cfg
+                range = f"{low:g} to {high:g}" if high < 10 ** 9 else f"a finite number, at least {low:g}"
+                raise ValueError(f"--{name} {value}: expected {range}{', or 0' if one else ''}")
+
+
+def check_used(cfg, *sides) -> None:
+    """ValueError for settings of a run where none is scored."""
+    runs = [side for side in map(str, sides) if side.endswith((".pt", ".pth")) or Path(side, "last.pt").exists()]
+    for name in ("steps", "solver", "guidance", "codec", "labels") if not runs else ():
+        if getattr(cfg, name) != getattr(type(cfg), name):
+            raise ValueError(f"--{name} {getattr(cfg, name)}: says how a run makes samples, and none is given")
+
+
+def walk(root: Path, followlinks: bool):
+    """os.walk; a folder that comes twice, by links, or cannot be read is an error."""
+    def refuse(error):
+        raise error
+    seen = {}
+    for folder, folders, names in os.walk(root, followlinks=followlinks, onerror=refuse) if root.is_dir() else ():
+        found = os.stat(folder)
+        first = seen.setdefault((found.st_dev, found.st_ino), folder)
+        if first != folder:
+            raise ValueError(f"{folder}: a link to {first}, so images would come twice; remove the link")
+        yield folder, folders, names
 
 
 # ---- 2. Checkpoints ----
@@ -79,8 +111,8 @@ def check_checkpoint(content: dict, path) -> None:
             net = model.build(config)
     except Exception as error:  # of whatever a part does with a wrong setting
         must(False, f"its config makes no network: {error}")
-    model.check_weights(net, weights, path)
-    model.check_weights(net, content["ema"], path)
+    model.load_weights(net, weights, path)
+    model.load_weights(net, content["ema"], path)
 
 
 def is_plain(settings) -> bool:
@@ -118,6 +150,29 @@ def check_moments(optimizer, params: list, path) -> None:
     if not fine:
         raise ValueError(f"{path}: its optimizer is not that of the {len(params)} parameters of its network: "
                          f"damaged; start a new run with --init {path}")
+
+
+def check_sampling(path, own: dict, content: dict) -> None:
+    kinds = {f.name: type(f.default) for f in dataclasses.fields(sample.Config)}
+    if own and (any(type(value) is not kinds.get(name) for name, value in own.items())
+                or type(content.get("config", {}).get("sample_steps")) is not int):
+        raise ValueError(f"{path}: damaged: sampled by {own}; train it again")
+
+
+def check_finite(content: dict, step: int) -> None:
+    """ValueError unless all that a checkpoint is to hold is finite."""
+    if not all(x.isfinite().all() for x in tree_leaves(content) if torch.is_tensor(x)):
+        raise ValueError(f"step {step}: weights or moments are not finite; last.pt, if any, is older and sound: "
+                         "--resume with a lower --lr")
+
+
+def run_settings(path, content: dict, **kinds: type) -> types.SimpleNamespace:
+    """The settings of the run that a checkpoint is of; ValueError unless these are there and of these types."""
+    settings = content.get("config", {})
+    if wrong := [name for name, kind in kinds.items() if type(settings.get(name)) is not kind]:
+        raise ValueError(f"{path}: {wrong[0]} is {settings.get(wrong[0], 'missing')}: damaged, or not a run of "
+                         "train.py")
+    return types.SimpleNamespace(**settings)
 
 
 def main(argv: list[str] | None = None) -> None:

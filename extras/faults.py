@@ -73,11 +73,11 @@ def owner(path: Path) -> str:
 # ---- 2. Disk space, and data ----
 
 
-def reserve(path: Path, dtype, shape: tuple) -> np.memmap:
+def reserve(path: Path, mode: str, dtype, shape: tuple) -> np.memmap:
     """A new .npy file of zeros, mapped from disk, whose space is there: a full disk is an OSError here, not a
     bus error later."""
     try:
-        rows = np.lib.format.open_memmap(path, "w+", dtype, shape)
+        rows = np.lib.format.open_memmap(path, mode, dtype, shape)
         with open(path, "r+b") as file:
             if hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(file.fileno(), 0, os.path.getsize(path))
@@ -89,14 +89,14 @@ def reserve(path: Path, dtype, shape: tuple) -> np.memmap:
     return rows
 
 
-def ahead(stream, count: int, stop):
-    """The stream, read `count` micro-batches, a step, ahead; an error in it is kept in stop.failed until all
-    before it are used."""
+def ahead(stream, cfg, stop):
+    """The stream of a run, read a step ahead; an error in it is kept in stop.failed until all before is used."""
     ready, more = collections.deque(), True
     while True:
         try:
-            while more and len(ready) <= count:
+            while more and len(ready) <= cfg.accumulation:
                 ready.append(next(stream))
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # DataLoader's would raise in the middle of a step
         except StopIteration:
             more = False
         except Exception as error:  # ValueError of a file, RuntimeError of a worker that died
@@ -172,6 +172,8 @@ def told(error: BaseException) -> str:
         text = f"interrupted{text and ' by '}{text}"
     elif isinstance(error, MemoryError) or re.search("out of memory|can't allocate memory", text):
         text = f"out of memory: use a smaller --batch, --size or network ({text[:150]})"
+    elif "home directory" in text:
+        text += ": let TRIFLOW_CACHE name a folder that can be written"
     elif "DataLoader worker" in text:
         text = f"a process that reads data was killed, for want of memory? Use fewer --workers ({text})"
     elif dist.is_initialized() and isinstance(error, (RuntimeError, ConnectionError)):  # of a collective
