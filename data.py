@@ -28,7 +28,8 @@ from pathlib import Path
 
 ENDS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
 sys.excepthook = lambda kind, *rest: (  # for Ctrl-C while torch is imported
-    sys.__excepthook__(kind, *rest) if kind != KeyboardInterrupt else print("error: interrupted", file=sys.stderr))
+    print("error: interrupted", file=sys.stderr) if kind == KeyboardInterrupt else
+    sys.__excepthook__(kind, *rest))
 
 import numpy as np
 import torch

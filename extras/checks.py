@@ -30,7 +30,8 @@ BOUNDS |= dict.fromkeys(("time_mean", "kappa", "seed"), (-2.0 ** 63, 2.0 ** 63))
 BOUNDS |= dict.fromkeys(("shift", "rho", "data_std", "interval"), (0.001, 1000))
 BOUNDS |= dict.fromkeys(("score", "num", "subset"), (2, 10 ** 9, 0))  # one has no covariance
 BOUNDS |= dict(batch=(1, 10 ** 6), size=(0, 2 ** 14), sample_steps=(1, 10 ** 5), workers=(-1, 1000),
-               nfe=(0, 1000), beta1=(0, 0.9999), beta2=(0, 0.999999), repeats=(0, 64), stages=(2, 16), finest=(2, 2 ** 16))
+               nfe=(0, 1000), beta1=(0, 0.9999), beta2=(0, 0.999999), repeats=(0, 64),
+               stages=(2, 16), finest=(2, 2 ** 16))
 
 
 def check_settings(cfg, *sides):
@@ -60,10 +61,10 @@ def check_values(cfg) -> None:
 
 def check_used(cfg, *sides) -> None:
     """ValueError for settings of a run where none is scored."""
-    runs = [side for side in map(str, sides) if side.endswith((".pt", ".pth")) or Path(side, "last.pt").exists()]
+    runs = [s for s in map(str, sides) if s.endswith((".pt", ".pth")) or Path(s, "last.pt").exists()]
     for name in ("steps", "solver", "guidance", "codec", "labels") if not runs else ():
         if getattr(cfg, name) != getattr(type(cfg), name):
-            raise ValueError(f"--{name} {getattr(cfg, name)}: says how a run makes samples, and none is given")
+            raise ValueError(f"--{name} {getattr(cfg, name)}: how a run makes samples, and none is given")
 
 
 def walk(root: Path, followlinks: bool):
@@ -71,7 +72,8 @@ def walk(root: Path, followlinks: bool):
     def refuse(error):
         raise error
     seen = {}
-    for folder, folders, names in os.walk(root, followlinks=followlinks, onerror=refuse) if root.is_dir() else ():
+    tree = os.walk(root, followlinks=followlinks, onerror=refuse) if root.is_dir() else ()
+    for folder, folders, names in tree:
         found = os.stat(folder)
         first = seen.setdefault((found.st_dev, found.st_ino), folder)
         if first != folder:
@@ -162,16 +164,16 @@ def check_sampling(path, own: dict, content: dict) -> None:
 def check_finite(content: dict, step: int) -> None:
     """ValueError unless all that a checkpoint is to hold is finite."""
     if not all(x.isfinite().all() for x in tree_leaves(content) if torch.is_tensor(x)):
-        raise ValueError(f"step {step}: weights or moments are not finite; last.pt, if any, is older and sound: "
-                         "--resume with a lower --lr")
+        raise ValueError(f"step {step}: weights or moments are not finite; last.pt, if any, is older and "
+                         "sound: --resume with a lower --lr")
 
 
 def run_settings(path, content: dict, **kinds: type) -> types.SimpleNamespace:
-    """The settings of the run that a checkpoint is of; ValueError unless these are there and of these types."""
+    """The settings of a checkpoint's run; ValueError unless these are there and of these types."""
     settings = content.get("config", {})
     if wrong := [name for name, kind in kinds.items() if type(settings.get(name)) is not kind]:
-        raise ValueError(f"{path}: {wrong[0]} is {settings.get(wrong[0], 'missing')}: damaged, or not a run of "
-                         "train.py")
+        raise ValueError(f"{path}: {wrong[0]} is {settings.get(wrong[0], 'missing')}: damaged, or not a run "
+                         "of train.py")
     return types.SimpleNamespace(**settings)
 
 

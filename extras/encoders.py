@@ -100,7 +100,8 @@ def encoder_features(cfg, source: data.Dataset, device="cpu") -> Encoder | Store
 
 def run_settings(path, encoder: str) -> types.SimpleNamespace:
     """The settings of a run, whose encoder the user must name: no checkpoint makes us run a file."""
-    run = checks.run_settings(path, model.read_checkpoint(path), loss=str, data=str, size=int, seed=int, mirror=str)
+    kinds = dict(loss=str, data=str, size=int, seed=int, mirror=str)
+    run = checks.run_settings(path, model.read_checkpoint(path), **kinds)
     if (was := getattr(run, "encoder", "")) != encoder:
         raise ValueError(f"{path}: give its encoder again, --encoder {was}, if you trust that file")
     return run

@@ -90,13 +90,13 @@ def reserve(path: Path, mode: str, dtype, shape: tuple) -> np.memmap:
 
 
 def ahead(stream, cfg, stop):
-    """The stream of a run, read a step ahead; an error in it is kept in stop.failed until all before is used."""
+    """The stream of a run, read a step ahead; its error waits in stop.failed until all before is used."""
     ready, more = collections.deque(), True
     while True:
         try:
             while more and len(ready) <= cfg.accumulation:
                 ready.append(next(stream))
-                signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # DataLoader's would raise in the middle of a step
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # DataLoader's raises in mid-step
         except StopIteration:
             more = False
         except Exception as error:  # ValueError of a file, RuntimeError of a worker that died

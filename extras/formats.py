@@ -26,6 +26,7 @@ import torch
 
 import data
 
+LARGEST = 1 << 30  # bytes that are unpacked at once
 CIFAR_CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".split()
 
 
@@ -47,7 +48,17 @@ class Zip(data.Files):
     def open(self, name: str):
         if self.owner != os.getpid():  # forked workers must not share one file position
             self.archive, self.owner = zipfile.ZipFile(self.root), os.getpid()
-        return io.BytesIO(self.archive.read(name))
+        return io.BytesIO(read_member(self.archive, name))
+
+
+def read_member(archive: zipfile.ZipFile, name: str) -> bytes:
+    """A member of up to 1 GB; ValueError, not RuntimeError and others, for one that cannot be read."""
+    try:
+        if (size := archive.getinfo(name).file_size) > LARGEST:
+            raise ValueError(f"{size:,} bytes")
+        return archive.read(name)
+    except Exception as error:  # encrypted, packed in unknown ways, damaged, not there
+        raise ValueError(f"{archive.filename}/{name}: cannot be read ({error}); write it again") from error
 
 
 def read_zip(path: Path, size: int | None) -> Zip | None:
@@ -57,9 +68,9 @@ def read_zip(path: Path, size: int | None) -> Zip | None:
     try:
         with zipfile.ZipFile(path) as archive:
             inside = archive.namelist()
-            meta = json.loads(archive.read("dataset.json")) if "dataset.json" in inside else {}
+            meta = json.loads(read_member(archive, "dataset.json")) if "dataset.json" in inside else {}
         table = dict(meta.get("labels") or [])
-    except (zipfile.BadZipFile, zlib.error, ValueError, AttributeError, TypeError) as error:
+    except Exception as error:  # of zipfile, json (RecursionError) and dict
         raise ValueError(f"{path}: not a zip of images and dataset.json as EDM writes it ({error})") from None
 
     names = sorted(n for n in inside if Path(n).suffix.lower() in data.IMAGE_SUFFIXES)
@@ -69,6 +80,8 @@ def read_zip(path: Path, size: int | None) -> Zip | None:
     if missing:
         raise ValueError(f"{path}: dataset.json has no label for {missing[0]} ({len(missing)} such images)")
     labels = [table[n] for n in names] if table else np.zeros(len(names), int)
+    if wrong := [n for n, k in zip(names, labels) if not isinstance(k, (int, np.integer)) or abs(k) > 10 ** 6]:
+        raise ValueError(f"{path}: dataset.json: label {table[wrong[0]]!r} of {wrong[0]}; expected 0, 1, ..")
     labels = data.check_labels(labels, len(names), str(path))
     return Zip(path, names, labels.tolist(), size, [str(k) for k in range(int(labels.max()) + 1)])
 
@@ -99,13 +112,16 @@ def read_idx(path: Path, size: int | None) -> data.Arrays | None:
 def unpack_idx(file: Path, dims: int) -> np.ndarray:
     """The uint8 array of an idx file: bytes 0 0 8 dims, `dims` big-endian int32 sizes, values."""
     try:
-        raw = gzip.open(file).read() if file.suffix == ".gz" else file.read_bytes()
-    except (OSError, EOFError, zlib.error) as error:
+        with gzip.open(file) if file.suffix == ".gz" else data.open_file(file) as stream:
+            raw = stream.read(LARGEST + 1)
+        if len(raw) > LARGEST:
+            raise EOFError("more than 1 GB")
+    except (OSError, EOFError, zlib.error, ValueError) as error:
         raise ValueError(f"{file}: not readable ({error}); get it again") from error
 
     head = 4 + 4 * dims
-    shape = np.frombuffer(raw[4:head].ljust(4 * dims, b"\0"), ">i4").astype(np.int64)
-    if raw[:4] != bytes([0, 0, 8, dims]) or len(raw) != head + shape.prod() or not shape.prod():
+    shape = np.frombuffer(raw[4:head].ljust(4 * dims, b"\0"), ">i4").tolist()
+    if raw[:4] != bytes([0, 0, 8, dims]) or len(raw) != head + math.prod(shape) or min(shape) < 1:
         raise ValueError(f"{file}: not an idx file of {dims}-dimensional bytes, or cut short; get it again")
     return np.frombuffer(raw, np.uint8, offset=head).reshape(shape).copy()
 
@@ -124,6 +140,8 @@ def read_cifar(path: Path, size: int | None) -> data.Arrays | None:
         return None
 
     for file in files:
+        if not file.is_file():
+            raise ValueError(f"{file}: no such file; expected CIFAR-10's binary version")
         length = file.stat().st_size
         if not length or length % 3073:
             raise ValueError(f"{file}: {length} bytes is not a whole number of 3073-byte CIFAR-10 records")
@@ -148,6 +166,8 @@ def map_member(path: Path, key: str) -> np.ndarray:
     with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
         member = archive.getinfo(f"{key}.npy")
         if member.compress_type != zipfile.ZIP_STORED:
+            if member.file_size > LARGEST:
+                raise ValueError(f"{key} unpacks to {member.file_size:,} bytes; write it by numpy.savez")
             return np.lib.format.read_array(archive.open(member))
         file.seek(member.header_offset + 26)  # the lengths of what ends the local header
         file.seek(member.header_offset + 30 + sum(np.frombuffer(file.read(4), "<u2").tolist()))

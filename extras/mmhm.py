@@ -50,7 +50,8 @@ def read(file: str, take):
     try:
         return take(json.loads(Path(file).read_text()))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{file}: not a result of fid.py --json, nor bounds ({type(error).__name__}: {error})") from None
+        what = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{file}: not a result of fid.py --json, nor bounds ({what})") from None
 
 
 def rank_models(files: list[str], bounds_file: str = "") -> str:
