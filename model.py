@@ -574,7 +574,8 @@ def load_weights(net: nn.Module, weights: dict, path, place=lambda value, own: v
                          "give its --model, --size and data")
     if wrong := [k for k, value in weights.items() if not value.isfinite().all()]:
         raise ValueError(f"{path}: {wrong[0]} is not finite, the run diverged: take an earlier checkpoint")
-    net.load_state_dict({name: place(value, own[name]) for name, value in weights.items()})
+    placed = {name: place(value, own[name]) for name, value in weights.items()}
+    net.load_state_dict(placed, assign=any(value.is_meta for value in own.values()))
 
 
 def bare(net):

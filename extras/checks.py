@@ -121,7 +121,7 @@ def is_plain(settings) -> bool:
     """Whether these are finite numbers and strings by name, or a list of strings."""
     return isinstance(settings, dict) and all(
         type(k) is str and (type(v) in (bool, int, str) or type(v) is float and math.isfinite(v)
-                            or type(v) is list and all(type(text) is str for text in v))
+                            or k == "parts" and type(v) is list and all(type(text) is str for text in v))
         for k, v in settings.items())
 
 

@@ -111,16 +111,15 @@ def read_idx(path: Path, size: int | None) -> data.Arrays | None:
 
 def unpack_idx(file: Path, dims: int) -> np.ndarray:
     """The uint8 array of an idx file: bytes 0 0 8 dims, `dims` big-endian int32 sizes, values."""
+    head = 4 + 4 * dims
     try:
         with gzip.open(file) if file.suffix == ".gz" else data.open_file(file) as stream:
-            raw = stream.read(LARGEST + 1)
-        if len(raw) > LARGEST:
-            raise EOFError("more than 1 GB")
+            raw = stream.read(head)
+            shape = np.frombuffer(raw[4:].ljust(4 * dims, b"\0"), ">i4").tolist()
+            raw += stream.read(min(LARGEST, abs(math.prod(shape))) + 1)
     except (OSError, EOFError, zlib.error, ValueError) as error:
         raise ValueError(f"{file}: not readable ({error}); get it again") from error
 
-    head = 4 + 4 * dims
-    shape = np.frombuffer(raw[4:head].ljust(4 * dims, b"\0"), ">i4").tolist()
     if raw[:4] != bytes([0, 0, 8, dims]) or len(raw) != head + math.prod(shape) or min(shape) < 1:
         raise ValueError(f"{file}: not an idx file of {dims}-dimensional bytes, or cut short; get it again")
     return np.frombuffer(raw, np.uint8, offset=head).reshape(shape).copy()

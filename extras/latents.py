@@ -78,7 +78,7 @@ def read_safetensors(path: str | Path) -> dict[str, Tensor]:
 def parse_entry(entry: dict) -> tuple:
     """dtype, shape, begin and end from an entry of the header."""
     numbers = [*entry["data_offsets"], *entry["shape"]]
-    if any(type(n) is not int for n in numbers) or len(entry["data_offsets"]) != 2:
+    if any(type(n) is not int or abs(n) > 2 ** 62 for n in numbers) or len(entry["data_offsets"]) != 2:
         raise ValueError(f"sizes {str(numbers)[:40]}")
     return DTYPES[entry["dtype"]], numbers[2:], *numbers[:2]
 
