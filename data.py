@@ -27,9 +27,8 @@ import typing
 from pathlib import Path
 
 ENDS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
-sys.excepthook = lambda kind, *rest: (  # for Ctrl-C while torch is imported
-    print("error: interrupted", file=sys.stderr) if kind == KeyboardInterrupt else
-    sys.__excepthook__(kind, *rest))
+sys.excepthook = lambda kind, *e: (  # for Ctrl-C while torch is imported
+    print("error: stopped", file=sys.stderr) if kind == KeyboardInterrupt else sys.__excepthook__(kind, *e))
 
 import numpy as np
 import torch

@@ -523,8 +523,7 @@ def check_sizes(c: dict) -> None:
         raise ValueError(f"{c['input_size']} pixels: expected a multiple of {c['patch']}, the patch")
     if c["width"] % c["heads"] or c["width"] % 4:
         raise ValueError(f"width {c['width']} must be a multiple of 4 and of the {c['heads']} heads")
-    flags = dict.fromkeys(("null_class", "learn_sigma"), (False, True))
-    for name, choices in dict(predict=("v", "x"), norm=tuple(NORMS), times=(0, 1, 2), **flags).items():
+    for name, choices in dict(predict=("v", "x"), norm=tuple(NORMS), times=(0, 1, 2), null_class=(0, 1)).items():
         if c[name] not in choices:
             raise ValueError(f"{name} {c[name]!r}: expected one of {', '.join(map(str, choices))}")
 

@@ -566,7 +566,7 @@ def confirm(out: Path, step: int, role: str, values: dict) -> None:
 def read_log(path: Path) -> list[dict]:
     """The lines of log.jsonl."""
     return [row for row in data.read_rows(path)
-            if type(row.get("role")) is str and type(row.get("loss")) in (int, float) and abs(row["loss"]) < 1e300]
+            if type(row.get("role")) is str and type(row.get("loss")) is float and math.isfinite(row["loss"])]
 
 
 def check_finite(row: dict, step: int, role: str) -> None:

@@ -37,6 +37,8 @@ BOUNDS |= dict(batch=(1, 10 ** 6), size=(0, 2 ** 14), sample_steps=(1, 10 ** 5),
 def check_settings(cfg, *sides):
     """cfg, if its values are possible and, where `sides` are compared by fid.py, used."""
     check_values(cfg)
+    if getattr(cfg, "solver", ""):
+        data.lookup(sample.SOLVERS, cfg.solver, "--solver")
     if sides:
         check_used(cfg, *sides)
     return cfg

@@ -80,7 +80,8 @@ def read_zip(path: Path, size: int | None) -> Zip | None:
     if missing:
         raise ValueError(f"{path}: dataset.json has no label for {missing[0]} ({len(missing)} such images)")
     labels = [table[n] for n in names] if table else np.zeros(len(names), int)
-    if wrong := [n for n, k in zip(names, labels) if not isinstance(k, (int, np.integer)) or abs(k) > 10 ** 6]:
+    whole = int, np.integer
+    if wrong := [n for n, k in zip(names, labels) if not isinstance(k, whole) or abs(k) > 10 ** 6]:
         raise ValueError(f"{path}: dataset.json: label {table[wrong[0]]!r} of {wrong[0]}; expected 0, 1, ..")
     labels = data.check_labels(labels, len(names), str(path))
     return Zip(path, names, labels.tolist(), size, [str(k) for k in range(int(labels.max()) + 1)])

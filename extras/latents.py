@@ -175,8 +175,8 @@ def map_array(path: Path, dtype, shape: tuple) -> np.ndarray:
     except Exception as error:  # of numpy
         raise ValueError(f"{path}: cannot be read ({error}); remove it and encode again") from error
     if found.dtype != dtype or found.shape != shape:
-        raise ValueError(f"{path}: {found.dtype} {found.shape}; expected {np.dtype(dtype)} {shape}: remove it "
-                         "and encode again")
+        raise ValueError(f"{path}: {found.dtype} {found.shape}; expected {np.dtype(dtype)} {shape}: remove "
+                         "it and encode again")
     return found
 
 

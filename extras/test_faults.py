@@ -31,7 +31,8 @@ import fid
 import model
 import sample
 import train
-from extras import (compare, curves, encoders, formats, guidance, latents, mmhm, presets, repa, schedule, search,
+from extras import (compare, curves, encoders, formats, guidance, latents, mmhm, presets, repa, schedule,
+                    search,
                     stored)
 from test_all import HERE, SMALL_SET, TWO, checkpoint, flags, logged, run, same, start, tiny_run
 
@@ -104,19 +105,23 @@ CHECKPOINTS = [  # a change of last.pt, and the words of the line
     (put(*G, "weights", value=[1]), "in place of weights"), (put("networks", value=[1]), "networks"),
     (put(*G), "networks"), (put("networks", "Z", value={}), "networks"), (put("ema"), "in place of weights"),
     (put("ema", CELL), "is missing"), (put("ema", "more", value=torch.ones(1)), "is unknown"),
-    (put("step", value=-7), "step -7"), (put("step", value="x"), "step 'x'"), (put("step", value=1.5), "step 1.5"),
+    (put("step", value=-7), "step -7"), (put("step", value="x"), "step 'x'"),
+    (put("step", value=1.5), "step 1.5"),
     (put("step", value=True), "step True"), (put("step", value=10 ** 30), "step"), (put("step"), "--init"),
     (put("seconds", value=math.nan), "seconds nan"), (put("seconds", value="x"), "seconds"),
     (put("config"), "--init"), (put("config", value=[1]), "settings"),
     (put("config", "lr", value="x"), "--lr"), (put("config", "loss", value=["fm"]), "settings"),
     (put("config", "guidance", value=math.inf), "settings"), (put("config", "ema", value=2.0), "--ema 2.0"),
-    (put("config", "sample_steps", value=10 ** 9), "--sample_steps"), (put("config", "seed", value=1.5), "seed"),
+    (put("config", "sample_steps", value=10 ** 9), "--sample_steps"),
+    (put("config", "seed", value=1.5), "seed"),
     (put("sampling", value=[1]), "settings"),
     *((weight(change), word) for change, word in (
         (lambda x: x.int(), "torch.int32"), (lambda x: x.bool(), "torch.bool"), (lambda x: "x", "no tensor"),
         (lambda x: x.to(torch.complex64), "torch.complex64"), (lambda x: x * math.nan, "not finite"),
-        (lambda x: x / 0, "not finite"), (lambda x: x[:3], "the network has"), (lambda x: x.to("meta"), "no tensor"),
-        (lambda x: x.to_sparse(), "no tensor"), (lambda x: torch.zeros(1).expand(10 ** 6, 10 ** 6), "larger than"))),
+        (lambda x: x / 0, "not finite"), (lambda x: x[:3], "the network has"),
+        (lambda x: x.to("meta"), "no tensor"),
+        (lambda x: x.to_sparse(), "no tensor"), (lambda x: torch.zeros(1).expand(10 ** 6, 10 ** 6),
+                                                 "larger than"))),
 ]
 
 
@@ -142,7 +147,8 @@ def code_rows(base, tmp_path):
     evil = tmp_path / "evil.py"
     evil.write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\ndef f(x): return x.flatten(2)\n")
     for name, value in (("encoder", f"{evil}:f"), ("loss", f"{evil}:f"), ("codec", f"{evil}:f"),
-                        ("time", f"{evil}:f"), ("model", f"{evil}:f"), ("processes", str(evil)), ("solver", str(evil))):
+                        ("time", f"{evil}:f"), ("model", f"{evil}:f"), ("processes", str(evil)),
+                        ("solver", str(evil))):
         content = torch.load(base / "last.pt", weights_only=True)
         content["config"] |= {name: value} | (dict(loss="repa") if name == "encoder" else {})
         out = tmp_path / name
@@ -168,20 +174,24 @@ def test_faults_no_checkpoint_names_code(base, tmp_path):
 
 
 VALUES = {  # command -> flags that make no sense
-    "train": """--clip -1, --ema 2, --ema nan, --label_drop 1.5, --time_std -1, --time_mean nan, --lr inf, --lr -1,
+    "train": """
+    --clip -1, --ema 2, --ema nan, --label_drop 1.5, --time_std -1, --time_mean nan, --lr inf, --lr -1,
     --beta1 1, --beta2 2, --weight_decay -1, --steps 0, --batch -8, --batch 1000000000000, --accumulation 0,
     --size -32, --size 1000000000, --warmup -1, --save_every 0, --keep_every -1, --sample_every -2, --score 1,
-    --sample_steps 0, --sample_steps 1000000000, --guidance nan, --guidance -1, --workers -2, --gp -1 --loss afm,
+    --sample_steps 0, --sample_steps 1000000000, --guidance nan, --guidance -1, --workers -2,
+    --gp -1 --loss afm,
     --d_lr nan --loss afm, --nfe -1 --loss afm, --d_warmup -1 --loss cafm, --d_steps 0 --loss cafm,
     --data_std nan --loss ect, --doublings 0 --loss ect, --p inf --loss meanflow, --net width=nan,
     --net width=1e400, --net depth=0, --net heads=0, --net t_min=0.0, --net mlp_ratio=-1, --net patch='x',
     --net parts=['os.system'], --net parts=3, --net null_class=7, --solver zz, --time zz""",
-    "sample": """--n -5, --n 0, --steps 0, --steps 1000000000, --guidance nan, --shift 0, --shift inf, --rho nan,
+    "sample": """
+    --n -5, --n 0, --steps 0, --steps 1000000000, --guidance nan, --shift 0, --shift inf, --rho nan,
     --guidance_low -1, --guidance_high 2, --batch 0, --out x.jpg, --out x.PT, --classes -1, --guidance -3""",
     "fid": "--num 1, --num -1, --batch 0, --size -32, --subset 1, --guidance nan, --steps 5, --labels random",
     "data": "--n -5, --n 0, --size -32",
     "guidance": "--guide_channels 99, --guide_channels -1", "search": "--stitch_share 2, --best_of -1",
-    "schedule": """5: lr=-1|5: lr=nan|5: lr=inf|5: ema=3|-5: lr=1e-3|1: ema_reload=-2|1: label_drop=2|1: clip=-1|x|
+    "schedule": """
+    5: lr=-1|5: lr=nan|5: lr=inf|5: ema=3|-5: lr=1e-3|1: ema_reload=-2|1: label_drop=2|1: clip=-1|x|
     5: size=3"""}
 
 
@@ -189,8 +199,10 @@ def test_faults_values_that_make_no_sense(base, tmp_path):
     """Numbers out of their bounds, NaN and infinity, of every command, in --net and in schedules: a line that
     names the flag, before anything is made."""
     commands = dict(
-        train=(train.main, flags(tmp_path / "new", "--steps", 2)), sample=(sample.main, [str(base), "--device", "cpu"]),
-        fid=(fid.main, [str(SMALL_SET), "glyphs", "--features", "glyphs"]), data=(data.main, [str(SMALL_SET)]),
+        train=(train.main, flags(tmp_path / "new", "--steps", 2)),
+        sample=(sample.main, [str(base), "--device", "cpu"]),
+        fid=(fid.main, [str(SMALL_SET), "glyphs", "--features", "glyphs"]),
+        data=(data.main, [str(SMALL_SET)]),
         guidance=(guidance.main, [str(base), "--n", "2"]), search=(search.main, [str(base), "--n", "2"]))
     for name, (main, argv) in commands.items():
         for row in VALUES[name].split(","):
@@ -203,7 +215,8 @@ def test_faults_values_that_make_no_sense(base, tmp_path):
 
 def test_faults_no_option_is_without_effect(base, tmp_path):
     """A preset or --init beside --resume, and names of files that are not written: refused."""
-    ends(lambda: presets.main(["sit-xl2-imagenet256", "--resume", "--out", str(base)]), "--resume", "own settings")
+    ends(lambda: presets.main(["sit-xl2-imagenet256", "--resume", "--out", str(base)]), "--resume",
+         "own settings")
     ends(lambda: train.main(flags(base, "--resume", "--init", base, "--steps", 4)), "--init")
     sample.main([str(base), *f"--n 2 --steps 1 --device cpu --out {tmp_path}/X.PNG".split()])
     assert (tmp_path / "X.PNG").is_file()
@@ -221,7 +234,7 @@ def npy(shape: str, kind="|u1") -> bytes:
 
 
 def packed(path: Path, *, at: dict | None = None, how=0, **members) -> Path:
-    """A zip of members; at: bytes that are changed, by their place behind the first entry of its directory."""
+    """A zip of members; at: bytes that are changed, by their place in the first entry of its directory."""
     with zipfile.ZipFile(path, "w", how) as file:
         for name, content in members.items():
             file.writestr(name, content)
@@ -260,14 +273,17 @@ def image_rows(P: Path):
     yield packed(P / "m.zip", at={10: 77}, **{"a.png": png}), 0, "a.png"
     yield packed(P / "n.zip", **{"a.png": b""}), 0, "a.png", "not a readable image"
     yield packed(P / "z.zip"), 0, "z.zip", "no images"
-    for k, text in enumerate(('[1]', '{"labels": 3}', '{"labels": [["a.png", "x"]]}', '{"labels": [["a.png", -1]]}',
+    for k, text in enumerate(('[1]', '{"labels": 3}', '{"labels": [["a.png", "x"]]}',
+                              '{"labels": [["a.png", -1]]}',
                               '{"labels": [["a.png", 1e9]]}', '{"labels": [["a.png", null]]}', "null x",
                               '{"labels": [["a.png", 99999999999999999999]]}', "[" * 100_000, "\xff")):
         yield packed(P / f"{k}.zip", **{"a.png": png, "dataset.json": text}), 0, f"{k}.zip"
     for k, (shape, how) in enumerate([(shape, how) for how in (0, 8) for shape in (
-            "(1000000000, 32, 32, 3)", "(-1, 8, 8, 3)", "(0, 8, 8, 3)", "(2, 0, 0, 3)", "()", "(2, 2, 2, 2, 2)")]):
+            "(1000000000, 32, 32, 3)", "(-1, 8, 8, 3)", "(0, 8, 8, 3)", "(2, 0, 0, 3)", "()",
+            "(2, 2, 2, 2, 2)")]):
         yield packed(P / f"h{k}.npz", how=how, **{"images.npy": npy(shape) + bytes(100)}), 0, f"h{k}.npz"
-    for k, labels in enumerate((np.array(["a", "b"]), np.array([0.5, 1]), np.array([-1, 0]), np.array([0, 10 ** 9]),
+    for k, labels in enumerate((np.array(["a", "b"]), np.array([0.5, 1]), np.array([-1, 0]),
+                                np.array([0, 10 ** 9]),
                                 np.array([[0], [1]]), np.array([None, 1]), np.array(3))):
         np.savez(P / f"l{k}.npz", images=np.zeros((2, 8, 8, 3), np.uint8), labels=labels)
         yield P / f"l{k}.npz", 0, f"l{k}.npz"
@@ -280,8 +296,9 @@ def image_rows(P: Path):
 
 
 def test_faults_files_of_images(tmp_path, monkeypatch):
-    """Loops of links, pipes, floats, strips, encrypted or lying archives and arrays: a line that names the file
-    and, of archives, the member. What would unpack to gigabytes is refused by its size."""
+    """Loops of links, pipes, floats, strips, encrypted or lying archives and arrays: a line names the file
+    and,
+    of archives, the member. What would unpack to gigabytes is refused by its size."""
     for source, size, *words in image_rows(tmp_path):
         ends(lambda: data.main([str(source), "--size", str(size), "--out", str(tmp_path / "o.png")]), *words)
     monkeypatch.setattr(formats, "LARGEST", 10_000)
@@ -301,12 +318,14 @@ def record_rows(P: Path):
     L, S, C = P / "latents", P / "s.npz", P / "compare"
     L.mkdir()
     C.mkdir()
-    good = dict(source="x", count=4, classes=["a", "b"], size=64, shard=4, shape=[4, 8, 8], scale=0.18, codec="q",
+    good = dict(source="x", count=4, classes=["a", "b"], size=64, shard=4, shape=[4, 8, 8], scale=0.18,
+                codec="q",
                 encoder="", features=None)
     np.save(L / "moments_00000.npy", np.zeros((4, 2, 8, 8, 8), np.float16))
     np.save(L / "labels.npy", np.array([0, 1, 0, 1]))
     for name, value in [("shard", 0), ("shard", "x"), ("shard", True), ("count", 0), ("count", 10 ** 12),
-                        ("count", 5), ("classes", "ab"), ("classes", [1, 2]), ("classes", ["a"]), ("size", "x"),
+                        ("count", 5), ("classes", "ab"), ("classes", [1, 2]), ("classes", ["a"]),
+                        ("size", "x"),
                         ("shape", [4, 8]), ("shape", [4, 9, 9]), ("shape", [-4, 8, 8]), ("scale", math.nan),
                         ("scale", "x"), ("features", 3), ("features", [1, 2])]:
         (L / "manifest.json").write_text(json.dumps(good | {name: value}))
@@ -322,7 +341,8 @@ def record_rows(P: Path):
     for meta in ("[]", "3", "null", '{"size": "x"}', '{"features": 3}', "{", '{"size": [1]}'):
         np.savez(S, mu=np.zeros(64), sigma=np.eye(64), n=3, meta=meta)
         yield lambda: stored.find(str(S), net, fid.Config(), "reference"), "s.npz", "--save_stats"
-    for wrong in (dict(n="x"), dict(n=-3), dict(n=np.array([1, 2])), dict(n=math.nan), dict(mu=np.array("x"))):
+    for wrong in (dict(n="x"), dict(n=-3), dict(n=np.array([1, 2])), dict(n=math.nan),
+                  dict(mu=np.array("x"))):
         np.savez(S, **dict(mu=np.zeros(64), sigma=np.eye(64), n=3, meta="{}") | wrong)
         yield lambda: stored.find(str(S), net, fid.Config(), "reference"), "s.npz", "--save_stats"
     for text in ("[]", "null", "3", '{"fm": 3}', '{"fm": {"seconds": "x", "scores": {}}}', '{"fm": {}}',
@@ -343,7 +363,7 @@ def record_rows(P: Path):
 
 
 def test_faults_files_of_ours(base, tmp_path, capsys):
-    """A damaged manifest, statistics, comparison or .safetensors: a line that names it. Lines of log.jsonl that
+    """A damaged manifest, statistics, comparison or .safetensors: a line names it. Lines of log.jsonl that
     are none are left out. A GlyphNet with NaN is trained again; without a home TRIFLOW_CACHE is named."""
     for call, *words in record_rows(tmp_path):
         ends(call, *words)
@@ -353,10 +373,11 @@ def test_faults_files_of_ours(base, tmp_path, capsys):
         assert same(train.read_log(tmp_path / "log.jsonl"), logged(base))
     (tmp_path / "log.jsonl").write_bytes(b'{"step": 2, "role": "G", "loss": 1e400}')
     curves.draw_loss(tmp_path / "log.jsonl", tmp_path / "loss.png")
-    cache = "import fid, os, data\nos.setuid(54321)\ndata.run_cli(lambda: fid.cache_folder())"
+    cache = "import fid, os, data\nos.setuid(54321)\ndata.run_cli(fid.cache_folder)"
     env = {key: value for key, value in os.environ.items() if key not in ("TRIFLOW_CACHE", "HOME")}
     if os.getuid() == 0:
-        done = subprocess.run([sys.executable, "-c", cache], env=env, cwd=HERE, capture_output=True, text=True)
+        done = subprocess.run([sys.executable, "-c", cache], env=env, cwd=HERE, capture_output=True,
+                              text=True)
         assert done.returncode == 2 and "TRIFLOW_CACHE" in done.stderr, done.stderr
     path = fid.glyph_net_file()
     fid.glyph_net()
@@ -373,14 +394,16 @@ def samples(P: Path, base: Path) -> dict:
     picture(P / "set/a/1.png")
     np.savez(P / "f.npz", images=np.zeros((3, 8, 8, 3), np.uint8), labels=np.array([0, 1, 0]))
     png = (P / "set/a/1.png").read_bytes()
-    packed(P / "f.zip", **{"a.png": png, "b.png": png, "dataset.json": '{"labels": [["a.png", 0], ["b.png", 1]]}'})
+    packed(P / "f.zip",
+           **{"a.png": png, "b.png": png, "dataset.json": '{"labels": [["a.png", 0], ["b.png", 1]]}'})
     (P / "idx").mkdir()
     (P / "idx/images-idx3-ubyte").write_bytes(struct.pack(">4i", 0x803, 2, 4, 4) + bytes(32))
     (P / "idx/labels-idx1-ubyte").write_bytes(struct.pack(">2i", 0x801, 2) + bytes(2))
     header = json.dumps({k: dict(dtype="F32", shape=[2, 2], data_offsets=[16 * i, 16 * i + 16])
                          for i, k in enumerate("ab")}).encode()
     (P / "f.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(32))
-    about = dict(source="x", count=4, classes=["a", "b"], size=64, shard=4, shape=[4, 8, 8], scale=0.18, codec="q",
+    about = dict(source="x", count=4, classes=["a", "b"], size=64, shard=4, shape=[4, 8, 8], scale=0.18,
+                 codec="q",
                  encoder="", features=None)
     (P / "latents").mkdir()
     (P / "latents/manifest.json").write_text(json.dumps(about))
@@ -393,7 +416,8 @@ def samples(P: Path, base: Path) -> dict:
         source = data.dataset(str(P / name))
         return [source.item(i) for i in range(len(source))]
     return {P / "f.npz": lambda: look("f.npz"), P / "f.zip": lambda: look("f.zip"),
-            P / "idx/images-idx3-ubyte": lambda: look("idx"), P / "latents/manifest.json": lambda: look("latents"),
+            P / "idx/images-idx3-ubyte": lambda: look("idx"),
+            P / "latents/manifest.json": lambda: look("latents"),
             P / "f.safetensors": lambda: latents.read_safetensors(P / "f.safetensors"),
             P / "f.pt": lambda: model.load(P / "f.pt"),
             P / "log.jsonl": lambda: (train.read_log(P / "log.jsonl"),
@@ -461,21 +485,22 @@ def folder(path: Path, n=12) -> Path:
 
 
 def small(out, images, *more) -> list[str]:
-    return flags(out, "--data", images, "--size", "8", "--net", "patch=4", "--log_every", "1", *more)
+    return flags(out, "--data", images, "--size", "8", "--model", "glyph-XS", "--net", "patch=4",
+                 "--log_every", "1", *more)
 
 
 def test_faults_data_errors_save_first(tmp_path):
-    """A file that is cut short is told after the step that was begun, which is saved; the mended run ends as one
-    that was never stopped. So is a worker that is killed. Nothing is left that a killed process left."""
+    """A file that is cut short is told after the step that was begun, which is saved; the mended run ends as
+    one that was never stopped. So is a worker that is killed. Nothing is left that a killed process left."""
     images = folder(tmp_path / "images")
     whole, broken = (images / "1/5.png").read_bytes(), images / "1/5.png"
     broken.write_bytes(whole[:20])
     for out in ("a", "b"):
-        argv = small(tmp_path / out, images, "--steps", 9, "--batch", 1, "--workers", 0)
+        argv = small(tmp_path / out, images, "--steps", 12, "--batch", 1, "--workers", 0)
         if out == "a":
             ends(lambda: train.main(argv), "5.png", "after step", "last.pt", "--resume")
             step = checkpoint(tmp_path / "a")["step"]
-            assert 0 < step < 9 and not (tmp_path / "a/.lock").exists()
+            assert 0 < step < 12 and not (tmp_path / "a/.lock").exists()
             (tmp_path / "a/.1234.last.pt").write_bytes(b"partial")
             (tmp_path / "a/next.pt").write_bytes(b"partial")
             broken.write_bytes(whole)
@@ -483,7 +508,8 @@ def test_faults_data_errors_save_first(tmp_path):
         train.main(argv)
     assert same(checkpoint(tmp_path / "a")["networks"], checkpoint(tmp_path / "b")["networks"])
     assert not [*(tmp_path / "a").glob(".*")] and not (tmp_path / "a/next.pt").exists()
-    process = start(HERE / "train.py", *small(tmp_path / "w", images, "--steps", 10 ** 6, "--batch", 4, "--workers", 2))
+    process = start(HERE / "train.py", *small(tmp_path / "w", images, "--steps", 10 ** 6, "--batch", 4,
+                                              "--workers", 2))
     wait_for(process, lambda: len(logged(tmp_path / "w")) > 2)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     os.kill(int(children[0]), signal.SIGKILL)
@@ -493,32 +519,36 @@ def test_faults_data_errors_save_first(tmp_path):
 
 
 def test_faults_a_diverging_run_leaves_a_sound_checkpoint(tmp_path):
-    """With --save_every 1 the checkpoint before which the loss was finite stays, never one that led to another;
+    """With --save_every 1 the checkpoint before which the loss was finite stays, not one that led to another;
     one whose weights are not finite is not written."""
     train.train(tiny_run(tmp_path / "run", steps=3))
     before = (tmp_path / "run/last.pt").read_bytes()
-    ends(lambda: train.main(flags(tmp_path / "run", "--resume", "--steps", 9, "--lr", 1e30, "--save_every", 1)),
+    ends(lambda: train.main(flags(tmp_path / "run", "--resume", "--steps", 9, "--lr", 1e30, "--save_every",
+                                  1)),
          "older and sound")
     assert (tmp_path / "run/last.pt").read_bytes() == before
-    ends(lambda: train.main(flags(tmp_path / "one", "--steps", 1, "--lr", 1e38, "--warmup", 0, "--keep_every", 1)),
+    ends(lambda: train.main(flags(tmp_path / "one", "--steps", 1, "--lr", 1e39, "--warmup", 0, "--keep_every",
+                                  1)),
          "not finite")
     assert not [*(tmp_path / "one").glob("*.pt")]
 
 
 def test_faults_one_run_in_a_folder(tmp_path):
-    """A second run in the folder of one that is alive is refused, with the first one's number; SIGHUP ends that
-    like SIGTERM, and after kill -9 the folder is free."""
+    """A second run in the folder of one that is alive is refused, with the first one's number; SIGHUP ends
+    that like SIGTERM, and after kill -9 the folder is free."""
     out = tmp_path / "run"
     for number in signal.SIGHUP, signal.SIGKILL:
         resumed = ["--resume"] * (out / "last.pt").exists()
-        process = start(HERE / "train.py", *flags(out, "--steps", 10 ** 6, "--log_every", 1, *resumed))
+        process = start(HERE / "train.py", *flags(out, "--model", "glyph-XS", "--steps", 10 ** 6,
+                                                  "--log_every", 1, *resumed))
         lines = len(logged(out))
         wait_for(process, lambda: len(logged(out)) > lines + 2)
-        ends(lambda: train.main(flags(out, "--resume", "--steps", 10 ** 6)), str(out), f"process {process.pid}")
+        ends(lambda: train.main(flags(out, "--model", "glyph-XS", "--resume", "--steps", 10 ** 6)), str(out),
+             f"process {process.pid}")
         process.send_signal(number)
         text, errors = process.communicate(timeout=60)
         assert process.returncode == (0 if number == signal.SIGHUP else -9), errors
-    train.main(flags(out, "--resume", "--steps", checkpoint(out)["step"] + 1))
+    train.main(flags(out, "--model", "glyph-XS", "--resume", "--steps", checkpoint(out)["step"] + 1))
     assert not (out / ".lock").exists()
 
 
@@ -530,13 +560,15 @@ def test_faults_ctrl_c_is_one_line(base, tmp_path):
     time.sleep(0.5)
     process.send_signal(signal.SIGINT)
     text, errors = process.communicate(timeout=60)
-    assert process.returncode == 2 and "Traceback" not in errors and "interrupted" in errors.splitlines()[-1], errors
+    assert process.returncode == 2 and "Traceback" not in errors, errors
+    assert "interrupted" in errors.splitlines()[-1], errors
     assert not [*tmp_path.iterdir()]
 
 
 def test_faults_full_disk_is_told(base, tmp_path):
     """Space that is not there (a limit on file sizes) is one line before the sampling, not a bus error."""
-    script = f"import data, resource, sys, sample\nsys.argv = 'x {base} --n 9000 --out {tmp_path}/s.npz'.split()\n"
+    script = "import data, resource, sys, sample\n"
+    script += f"sys.argv = 'x {base} --n 9000 --out {tmp_path}/s.npz'.split()\n"
     script += "resource.setrlimit(resource.RLIMIT_FSIZE, [10 ** 6] * 2)\ndata.run_cli(sample.main)"
     done = run(script=script)
     assert done.returncode == 2 and "free disk space" in done.stderr.splitlines()[-1], done.stderr
@@ -545,10 +577,11 @@ def test_faults_full_disk_is_told(base, tmp_path):
 
 @pytest.mark.parametrize("fault", ["killed", "data"])
 def test_faults_torchrun_ends_together(tmp_path, fault):
-    """Of two processes one is killed, or has an image that is cut short: the other ends within 30 seconds, and a
-    line says which and why."""
+    """Of two processes one is killed, or has an image that is cut short: the other ends within 30 seconds,
+    and a line says which and why."""
     images, out = folder(tmp_path / "images"), tmp_path / "run"
-    process = start(*TWO, HERE / "train.py", *small(out, images, "--steps", 10 ** 6, "--batch", 2, "--workers", 0))
+    process = start(*TWO, HERE / "train.py", *small(out, images, "--steps", 10 ** 6, "--batch", 2,
+                                                    "--workers", 0))
     wait_for(process, lambda: len(logged(out)) > 2)
     ranks = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
     began = time.time()
