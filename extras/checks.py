@@ -110,13 +110,13 @@ def check_checkpoint(content: dict, path) -> None:
     must(all(type(n) is int and n > 0 for n in own) and len(blocks) == depth and table is not None
          and table.dim() == 3 and table.shape[2] == width and (size // patch) ** 2 <= table.shape[1],
          "its config is not that of its tensors")  # before any memory is asked for
-    try:
-        with torch.device("meta"):
-            net = model.build(config)
-    except Exception as error:  # of whatever a part does with a wrong setting
-        must(False, f"its config makes no network: {error}")
-    model.load_weights(net, weights, path)
-    model.load_weights(net, content["ema"], path)
+    for tensors in weights, content["ema"]:  # each into a network of its own, which takes the tensors over
+        try:
+            with torch.device("meta"):
+                net = model.build(config)
+        except Exception as error:  # of whatever a part does with a wrong setting
+            must(False, f"its config makes no network: {error}")
+        model.load_weights(net, tensors, path)
 
 
 def is_plain(settings) -> bool:

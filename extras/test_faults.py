@@ -207,7 +207,8 @@ def test_faults_values_that_make_no_sense(base, tmp_path):
     for name, (main, argv) in commands.items():
         for row in VALUES[name].split(","):
             flag, value, *more = row.split()
-            ends(lambda: main([*argv, flag, value, *more]), flag if flag != "--net" else "")
+            name = {"--net": "", "--steps": "steps", "--classes": "class"}.get(flag, flag)
+            ends(lambda: main([*argv, flag, value, *more]), name)
     for row in VALUES["schedule"].split("|"):
         ends(lambda: schedule.main([row.strip(), *flags(tmp_path / "new", "--steps", 9)]))
     assert not (tmp_path / "new").exists()
