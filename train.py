@@ -139,13 +139,11 @@ def train(cfg: Config, until: int = 0) -> dict | None:
                                     fused=device.type != "mps") for role, params in weights.items()}
     start, before = resume(cfg, source, nets, opts, ema, processes) if cfg.resume else (0, 0.0)
     turns = {role: processes.wrap(Loss(role, nets, cfg, source)) for role in nets}
-    stream = training_stream(start, cfg, source)
     report_start(cfg, source, nets["G"], device)
     log, began = Log(out / "log.jsonl", start, objective.alarm), time.perf_counter() - before
     bar = tqdm(range(start, until or cfg.steps), "training", cfg.steps, initial=start, disable=data.rank())
 
-    with StopSignal() as stop:
-        stream = getattr(data.optional("faults"), "ahead", lambda stream, *_: stream)(stream, cfg, stop)
+    with StopSignal(training_stream(start, cfg, source), cfg) as stop:
         for step in bar:
             role = objective.turn(step, cfg)
             opt, turn = opts[role], turns[role]
@@ -155,7 +153,7 @@ def train(cfg: Config, until: int = 0) -> dict | None:
 
             # Gradient of the global batch's mean loss, exchanged in the last backward pass.
             values = {}
-            for k, (images, labels, positions) in zip(range(cfg.accumulation), stream):
+            for k, (images, labels, positions) in zip(range(cfg.accumulation), stop.stream):
                 with processes.exchange(turn, nets, now=k + 1 == cfg.accumulation):
                     loss, logs = turn(images.to(device), labels.to(device), positions)
                     (loss / cfg.accumulation).backward()
@@ -176,10 +174,8 @@ def train(cfg: Config, until: int = 0) -> dict | None:
             save, show, write = due(done, cfg, ending)
             if write:
                 log.flush(cfg, bar)  # before anything that is not finite is saved
-            confirm(out, step, role, values)
             if save:
-                seconds = time.perf_counter() - began
-                save_checkpoint(out, done, seconds, cfg, nets, opts, ema, processes, ending)
+                save_checkpoint(out, done, began, cfg, nets, opts, ema, processes, ending)
             if show and not stopped:
                 with processes.unsharded(ema):
                     write_grid(ema, cfg, out / "samples" / f"{done:07d}.png", codec, source)
@@ -326,12 +322,12 @@ def inherit(net: model.DiT, given: model.DiT, cfg: Config, at: float = 1.0, part
     model.load_weights(net, weights, cfg.init)
 
 
-def save_checkpoint(out, step: int, seconds: float, cfg, nets, opts, ema, processes, ending: bool) -> None:
+def save_checkpoint(out, step: int, began: float, cfg, nets, opts, ema, processes, ending: bool) -> None:
     """Write all that a resumed run needs, to last.pt at the end, else to next.pt until it is confirmed."""
     networks = {role: {"config": net.config, "weights": net.state_dict(),
                        "optimizer": opts[role].state_dict()} for role, net in nets.items()}
-    content = dict(step=step, seconds=seconds, config=dataclasses.asdict(cfg), ema=ema.state_dict(),
-                   sampling=losses.find(cfg.loss).sampling(cfg), networks=networks)
+    content = dict(step=step, seconds=time.perf_counter() - began, config=dataclasses.asdict(cfg),
+                   ema=ema.state_dict(), sampling=losses.find(cfg.loss).sampling(cfg), networks=networks)
     content = tree_map(processes.gather, content)
     if data.rank() > 0:
         return
@@ -388,6 +384,7 @@ class Log:
             path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     def note(self, step: int, role: str, values: dict, lr: float) -> None:
+        confirm(self.path.parent, step, role, values)
         self.pending.append((step, role, {k: v.detach().float() for k, v in values.items()}, lr))
 
     def flush(self, cfg: Config, bar: tqdm) -> None:
@@ -524,6 +521,9 @@ class StopSignal:
     """SIGTERM, SIGHUP, Ctrl-C, or data that cannot be read: finish the step, save and leave; Ctrl-C 2 seconds
     later: end at once."""
     asked, failed, stopped = 0.0, None, 0
+
+    def __init__(self, stream=(), cfg: Config | None = None):
+        self.stream = getattr(data.optional("faults"), "ahead", lambda stream, *_: stream)(stream, cfg, self)
 
     def __enter__(self):
         hangup = () if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else (signal.SIGHUP,)  # nohup

@@ -63,6 +63,8 @@ def check_values(cfg) -> None:
 
 def check_used(cfg, *sides) -> None:
     """ValueError for settings of a run where none is scored."""
+    if not all(isinstance(side, (str, os.PathLike)) for side in sides):
+        return
     runs = [s for s in map(str, sides) if s.endswith((".pt", ".pth")) or Path(s, "last.pt").exists()]
     for name in ("steps", "solver", "guidance", "codec", "labels") if not runs else ():
         if getattr(cfg, name) != getattr(type(cfg), name):
