@@ -23,6 +23,7 @@ import data
 
 # ---- 1. One run in a folder ----
 
+KILLED = "a process that reads data was killed, for want of memory? Use fewer --workers"
 _held: set[Path] = set()
 
 
@@ -100,7 +101,8 @@ def ahead(stream, cfg, stop):
         except StopIteration:
             more = False
         except Exception as error:  # ValueError of a file, RuntimeError of a worker that died
-            stop.failed, more = error, False
+            killed = isinstance(error, (ConnectionError, EOFError)) or "DataLoader worker" in str(error)
+            stop.failed, more = ValueError(KILLED) if killed else error, False
         if ready:
             yield ready.popleft()
         elif stop.failed:
@@ -175,7 +177,7 @@ def told(error: BaseException) -> str:
     elif "home directory" in text:
         text += ": let TRIFLOW_CACHE name a folder that can be written"
     elif "DataLoader worker" in text:
-        text = f"a process that reads data was killed, for want of memory? Use fewer --workers ({text})"
+        text = KILLED
     elif dist.is_initialized() and isinstance(error, (RuntimeError, ConnectionError)):  # of a collective
         return f"another process ended: {why()}"
     elif not isinstance(error, (ValueError, OSError)):
