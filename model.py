@@ -523,7 +523,7 @@ def check_sizes(c: dict) -> None:
         raise ValueError(f"{c['input_size']} pixels: expected a multiple of {c['patch']}, the patch")
     if c["width"] % c["heads"] or c["width"] % 4:
         raise ValueError(f"width {c['width']} must be a multiple of 4 and of the {c['heads']} heads")
-    for name, known in dict(predict=("v", "x"), norm=tuple(NORMS), times=(0, 1, 2), null_class=(0, 1)).items():
+    for name, known in dict(predict=("v", "x"), norm=[*NORMS], times=(0, 1, 2), null_class=(0, 1)).items():
         if c[name] not in known:
             raise ValueError(f"{name} {c[name]!r}: expected one of {', '.join(map(str, known))}")
 

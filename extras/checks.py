@@ -16,6 +16,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 import data
+import losses
 import model
 import sample
 
@@ -39,6 +40,9 @@ def check_settings(cfg, *sides):
     check_values(cfg)
     if getattr(cfg, "solver", ""):
         data.lookup(sample.SOLVERS, cfg.solver, "--solver")
+    for name in ("time", "jump_time"):
+        if getattr(cfg, name, ""):
+            data.lookup(losses.TIMES, getattr(cfg, name).partition(":")[0], f"--{name}")
     if sides:
         check_used(cfg, *sides)
     return cfg
