@@ -192,9 +192,8 @@ fid.FEATURES["inception"] = features
 
 def main() -> None:
     for flavour, (classes, url, size, sha256) in WEIGHTS.items():
-        state = "is there" if place(flavour).exists() else "is not there"
         print(f"{flavour}: {classes} classes, {size:,} bytes, sha256 {sha256}")
-        print(f"  {url}\n  {place(flavour)} {state}")
+        print(f"  {url}\n  {place(flavour)} is {'' if place(flavour).exists() else 'not '}there")
 
 
 if __name__ == "__main__":
