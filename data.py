@@ -7,6 +7,7 @@ sought, whatever the number of GPUs and workers.
 `python data.py [SOURCE]` draws a grid of a data set and prints its counts.
 """
 import argparse
+import contextlib
 import dataclasses
 import difflib
 import functools
@@ -14,15 +15,20 @@ import gc
 import hashlib
 import importlib
 import itertools
+import json
 import math
+import multiprocessing
 import os
 import re
 import signal
+import stat
 import sys
 import typing
-import zipfile
-import zlib
 from pathlib import Path
+
+ENDS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
+sys.excepthook = lambda kind, *e: (  # for Ctrl-C while torch is imported
+    print("error: stopped", file=sys.stderr) if kind == KeyboardInterrupt else sys.__excepthook__(kind, *e))
 
 import numpy as np
 import torch
@@ -102,20 +108,23 @@ def decode(file, name: str, size: int | None) -> Tensor:
     """An image file -> RGB uint8 (3, size, size): EXIF's turn, laid over white, cropped."""
     try:
         with Image.open(file) as image:
+            if image.mode == "F":
+                raise ValueError("fractions in place of pixels, write it with 8 or 16 bits")
             image = ImageOps.exif_transpose(image)
             if image.mode.startswith("I"):  # 16-bit grey
                 image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
             if image.has_transparency_data:
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
             image = image.convert("RGB")
+            image = image if size is None else centre_crop(image, size)
     except Exception as error:  # Pillow raises OSError, SyntaxError, struct.error, ...
         raise ValueError(f"{name}: not a readable image ({error}); repair or remove it") from error
-    image = image if size is None else centre_crop(image, size)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 def centre_crop(image: Image.Image, size: int) -> Image.Image:
     """ADM's crop (guided-diffusion): box filter to half while twice too large, bicubic, centre."""
+    check_length(*image.size, size)
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)
@@ -214,14 +223,16 @@ class Files(Dataset):
         self.shape = tuple(self.item(0)[0].shape)
 
     def open(self, name: str):
-        return open(self.root / name, "rb")
+        return open_file(self.root / name)
 
     def item(self, i: int) -> tuple[Tensor, int]:
         name = f"{self.root}/{self.names[i]}"
         try:
             with self.open(self.names[i]) as file:
                 image = decode(file, name, self.size)
-        except (OSError, zipfile.BadZipFile, zlib.error) as error:
+        except ValueError:
+            raise
+        except Exception as error:  # OSError, and what archives raise
             raise ValueError(f"{name}: cannot be read ({error}); repair or remove it") from error
         if i and image.shape != self.shape:
             (_, h, w), (_, first_h, first_w) = image.shape, self.shape
@@ -247,7 +258,8 @@ IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".ti
 
 def read_folder(root: Path, size: int | None) -> Files | None:
     """A folder of images, a subfolder for each class (ImageNet's layout), or flat: one class."""
-    files = [Path(folder, f) for folder, _, inside in os.walk(root, followlinks=True) for f in inside]
+    walk = getattr(optional("checks"), "walk", os.walk)
+    files = [Path(folder, f) for folder, _, inside in walk(root, followlinks=True) for f in inside]
     names = sorted(f.relative_to(root).as_posix() for f in files if f.suffix.lower() in IMAGE_SUFFIXES)
     if not names:
         return None
@@ -273,7 +285,7 @@ def read_npz(path: Path, size: int | None) -> Arrays | None:
     except Exception as error:  # of numpy, zipfile and zlib
         why = " ".join(str(error).split())[:80]
         raise ValueError(f"{path}: not a readable .npz ({why}); write it by numpy.savez") from None
-    check_array(path, held, key, images)
+    check_array(path, held, key, images, size)
     if images.shape[3] in (1, 3):
         images = images.transpose(0, 3, 1, 2)
     labels = np.zeros(len(images), np.int64) if labels is None else labels
@@ -286,7 +298,8 @@ READERS = {"glyphs": read_glyphs, "npz": read_npz, "folder": read_folder}  # (pa
 def dataset(source: str, size: int | None = None) -> Dataset:
     """The data set at a path, glyphs or glyphs:SEED; images cropped to `size`, or as they are."""
     path, absent = Path(source), ""
-    for module in ("", "formats", "latents"):  # of extras/, where the core cannot read it
+    check_source(path)
+    for module in ("", "formats", "classics", "latents"):  # of extras/, where the core cannot read it
         if module and not optional(module):
             absent += f"; extras/{module}.py is not there"
         for read in list(READERS.values()):
@@ -313,7 +326,7 @@ def index_at(n: int, position: int, seed: int) -> int:
 
 
 def _ignore_signals(_worker: int) -> None:
-    for number in (signal.SIGINT, signal.SIGTERM):  # the main process finishes its step and saves
+    for number in ENDS:  # the main process finishes its step and saves
         signal.signal(number, signal.SIG_IGN)
 
 
@@ -347,7 +360,7 @@ def extra_file(name: str) -> Path:
 
 def extra(name: str, why: str):
     """Import extras/NAME.py; `why` begins the error."""
-    if not re.fullmatch("[a-z]\\w*", name) or not extra_file(name).is_file():
+    if not re.fullmatch("(?!test_)[a-z]\\w*", name) or not extra_file(name).is_file():
         raise ValueError(f"{why}: not in the core, and there is no extras/{name}.py")
     try:
         return importlib.import_module(f"extras.{name}")
@@ -416,20 +429,7 @@ def parse(config, argv, description, positional=(), own=(), elsewhere=lambda nam
         near = difflib.get_close_matches(flag, parser._option_string_actions, 1, 0.5)
         hint = elsewhere(flag.removeprefix("--")) or (f"did you mean {near[0]}?" if near else "see --help")
         raise ValueError(f"unknown argument {unknown[0]}; {hint}")
-    return config(**vars(values))
-
-
-def run_cli(main: typing.Callable) -> None:
-    """Run a script's main; an error that a user can mend is one line, exit status 2."""
-    if main.__module__ == "__main__":  # main of the imported module, to whose tables extras/ adds
-        spec = sys.modules["__main__"].__spec__
-        main = importlib.import_module(spec.name if spec else Path(sys.argv[0]).stem).main
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        where = f"rank {os.environ.get('RANK')}: " if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
-        print(f"error: {where}{' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+    return checked(config(**vars(values)))
 
 
 def start_processes(device: str = "auto") -> torch.device:
@@ -445,6 +445,7 @@ def start_processes(device: str = "auto") -> torch.device:
         torch.cuda.set_device(device)
     if "RANK" in os.environ and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo")
+        getattr(optional("faults"), "listen", bool)()
     return torch.device(device)
 
 
@@ -498,14 +499,99 @@ def main(argv: list[str] | None = None) -> None:
     print(f"wrote {cfg.out}")
 
 
-# ---- 7. Guards: labels and files that are refused ----
+# ---- 7. Guards: the way out of a script, and values, labels and files that are refused ----
 
 
-def check_array(path: Path, held: list[str], key: str, images) -> None:
+def run_cli(main: typing.Callable) -> None:
+    """Run a script's main; an error that a user can mend is one line, exit status 2. No process is left."""
+    if main.__module__ == "__main__":  # main of the imported module, to whose tables extras/ adds
+        spec = sys.modules["__main__"].__spec__
+        main = importlib.import_module(spec.name if spec else Path(sys.argv[0]).stem).main
+    faults = optional("faults")
+    try:
+        getattr(faults, "listen", bool)()
+        main()
+    except (Exception, KeyboardInterrupt) as error:
+        for number in ENDS:
+            signal.signal(number, signal.SIG_IGN)  # for the rest of the way
+        known = faults.told(error) if faults else isinstance(error, (ValueError, OSError)) and str(error)
+        if not known:
+            raise
+        where = f"rank {os.environ.get('RANK')}: " if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
+        print(f"error: {where}{' '.join(known.split())}", file=sys.stderr)
+        sys.exit(2)
+    finally:
+        for child in multiprocessing.active_children():  # one may wait for a file for ever
+            child.kill()
+
+
+def checked(cfg, *sides):
+    """The settings, if extras/checks.py finds them possible; sides: what fid.py compares."""
+    return getattr(optional("checks"), "check_settings", lambda cfg, *_: cfg)(cfg, *sides)
+
+
+def alone(run: typing.Callable):
+    """Decorator of run(cfg, ..): the folder cfg.out is locked meanwhile, by extras/faults.py."""
+    @functools.wraps(run)
+    def locked(cfg, *more, **options):
+        with getattr(optional("faults"), "lock", contextlib.nullcontext)(Path(cfg.out)):
+            return run(cfg, *more, **options)
+    return locked
+
+
+@contextlib.contextmanager
+def replacing(path: Path, fix: str = "free disk space"):
+    """A name to write to, which takes the place of `path` in the end; nothing is left of an error."""
+    aside = path.with_name(f".{os.getpid()}.{path.name}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield aside
+        os.replace(aside, path)
+    except (OSError, RuntimeError) as error:  # of torch.save
+        reason = str(error).splitlines()[0]
+        raise OSError(f"{path} could not be written ({reason}), any before is untouched: {fix}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            aside.unlink()
+
+
+def read_rows(path: Path) -> list[dict]:
+    """The objects with a step in the lines of a .jsonl file; what is damaged or unfinished is left out."""
+    rows = []
+    for line in path.read_text(errors="replace").splitlines() if path.is_file() else ():
+        with contextlib.suppress(ValueError, RecursionError):
+            rows.append(json.loads(line))
+    return [row for row in rows if isinstance(row, dict) and type(row.get("step")) is int]
+
+
+def check_length(w: int, h: int, size: int, where: str = "") -> None:
+    """ValueError for a strip that would take all memory once its short side has `size` pixels."""
+    if max(w, h) * size ** 2 > 2 ** 27 * min(w, h):
+        raise ValueError(f"{where}{w} x {h} pixels are too long to crop to {size}; cut it")
+
+
+def check_source(path: Path) -> None:
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise ValueError(f"{path}: a pipe or device; name a file or folder")
+
+
+def open_file(path: Path):
+    """A file, open for reading; not a pipe, which might never end."""
+    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0)))
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise ValueError(f"{path}: no file but a pipe or device; remove it")
+    return file
+
+
+def check_array(path: Path, held: list[str], key: str, images, size: int | None) -> None:
     if images is None:
         raise ValueError(f"{path}: holds {', '.join(held) or 'nothing'}; expected `images` or `arr_0`")
-    if images.dtype != np.uint8 or images.ndim != 4 or not len(images) or not {*images.shape[1::2]} & {1, 3}:
+    shape = images.shape
+    if images.dtype != np.uint8 or images.ndim != 4 or 0 in shape or not {*shape[1::2]} & {1, 3}:
         raise ValueError(f"{path}: {key} is {images.dtype} {images.shape}; expected uint8 (N, h, w, 3)")
+    if size:
+        check_length(*shape[1:3] if shape[3] in (1, 3) else shape[2:], size, f"{path}: {key}: ")
 
 
 def check_labels(labels, n: int, where: str) -> Tensor:

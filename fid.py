@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Callable, Iterable
 
+import data
 import torch
 import torch.distributed as dist
 import torch.nn as nn
@@ -27,8 +28,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-import data
-import losses
 import model
 import sample
 from data import option
@@ -163,14 +162,12 @@ def glyph_net(make: Callable = GlyphNet, *seed) -> GlyphNet:
     path = glyph_net_file(net, seed)
     if data.rank() == 0:
         try:
-            net.load_state_dict(torch.load(path, weights_only=True))
+            model.load_weights(net, torch.load(path, weights_only=True), path)
         except Exception as error:  # no file yet, or a damaged one
             if path.exists():
                 data.note(f"{path} is damaged ({type(error).__name__}): training again")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            unfinished = path.with_name(f"{path.name}.{os.getpid()}")
-            torch.save(train_glyph_net(make, seed).state_dict(), unfinished)
-            os.replace(unfinished, path)
+            with data.replacing(path, "let TRIFLOW_CACHE name a folder with room") as aside:
+                torch.save(train_glyph_net(make, seed).state_dict(), aside)
     data.barrier()
     net.load_state_dict(torch.load(path, weights_only=True))
     return net.requires_grad_(False).eval()
@@ -357,8 +354,7 @@ def evaluate(generated, reference="", net: nn.Module | None = None, **options) -
     options: fields of `Config`. net: other features, with extract, widths, label, resize and suffix as
     GlyphNet has; its own `source` ("glyphs") stands for as many held-out ones."""
     cfg = Config(**options)
-    losses.at_least(cfg, 1, "batch")
-    losses.at_least(cfg, 0, "num", "subset", "size")
+    data.checked(cfg, generated, reference)
     write = data.extra("stored", "--save_stats").write if cfg.save_stats else None
     cfg.device = str(data.start_processes(cfg.device))
     net = net or data.lookup(FEATURES, cfg.features, "--features")(cfg.weights, cfg.resize, cfg.device)

@@ -32,13 +32,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Callable
 
+import data
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-import data
 import model
 from data import option
 
@@ -285,7 +285,6 @@ DATA_STD = dict(data_std=option(0.42, "standard deviation of the data's pixels (
 
 register("ect", ect, sampling=consistency_model, network=boundary,
          alarm=lambda row, first: growth_alarm(row, first, "loss"),
-         check=lambda cfg: (at_least(cfg, 1, "doublings"), at_least(cfg, 0.001, "data_std")),
          flags=DATA_STD | dict(doublings=option(8, "stages, each with steps half as long as before")),
          defaults=dict(steps=3000, lr=1e-3, label_drop=0.0, time_mean=-1.1, time_std=2.0, sample_steps=1,
                        amp="off"),
@@ -472,8 +471,7 @@ CAFM |= {name: option(value, ADVERSARIAL[name].metadata["help"])
 register("cafm", cafm_G, cafm_D, turn=cafm_turn, flags=CAFM,
          alarm=lambda row, first: game_alarm(row, first, indifferent=2.0, won=0.2),
          defaults=dict(steps=6000, lr=3e-5, beta1=0.0, beta2=0.95, ema=0.99, time_mean=-0.2, time_std=1.0),
-         scratch=dict(lr=5e-4), check=lambda cfg: at_least(cfg, 1, "d_steps"),
-         discriminator=cafm_discriminator,
+         scratch=dict(lr=5e-4), discriminator=cafm_discriminator,
          points=GAME_ON_POINTS | dict(steps=2400, ema=0.95, d_warmup=0, d_steps=4))
 
 
@@ -501,13 +499,6 @@ def growth_alarm(row: dict, first: dict, column: str) -> str:
             "and the --data_std of your data")
 
 
-def at_least(cfg, lowest: float, *names: str) -> None:
-    """ValueError where one of these settings is below `lowest`."""
-    for name in names:
-        if not getattr(cfg, name) >= lowest:
-            raise ValueError(f"--{name} {getattr(cfg, name)}: expected at least {lowest}")
-
-
 def check_jumps(cfg) -> None:
     if not 0 <= cfg.label_drop <= 1 - cfg.jumps <= 1:
         raise ValueError(f"--jumps {cfg.jumps} --label_drop {cfg.label_drop}: jumps keep their labels: "
@@ -515,7 +506,6 @@ def check_jumps(cfg) -> None:
 
 
 def check_afm(cfg) -> None:
-    at_least(cfg, 0, "nfe")
     if cfg.accumulation > 1:
         raise ValueError(f"--accumulation {cfg.accumulation}: {cfg.loss} normalises the gradient of a batch: "
                          "use --accumulation 1, a smaller --batch or more processes")

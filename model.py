@@ -14,9 +14,11 @@ import argparse
 import contextlib
 import inspect
 import math
-import os
+import pickle
+import zipfile
 from pathlib import Path
 
+import data
 import numpy as np
 import torch
 import torch.nn as nn
@@ -24,7 +26,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-import data
 
 # ---- 1. The transformer, from the outside in ----
 
@@ -431,7 +432,7 @@ class Part:
 
 def part(name: str) -> type:
     """The class "FILE.CLASS" of extras/, and nothing else: such names come from checkpoints."""
-    file, _, kind = name.partition(".")
+    file, _, kind = str(name).partition(".")
     found = getattr(data.extra(file, f"network part {name!r}"), kind, None)
     if not (isinstance(found, type) and issubclass(found, Part) and found.__module__ == f"extras.{file}"):
         raise ValueError(f"network part {name!r}: extras/{file}.py has no such part")
@@ -441,6 +442,8 @@ def part(name: str) -> type:
 def build(config: dict, ignore_unknown: bool = False) -> DiT:
     """The network of a config: arguments of DiT and of the parts that config["parts"] names."""
     kinds = [part(name) for name in config.get("parts", [])]
+    if len({*kinds}) < len(kinds):
+        raise ValueError(f"network parts {', '.join(config['parts'])}: expected each once")
     kind = type("".join(kind.__name__ for kind in kinds) + "DiT", (*kinds, DiT), {})
     known = {name for base in kind.__mro__ if base not in nn.Module.__mro__
              for name in inspect.signature(base).parameters} - {"config"}
@@ -510,46 +513,55 @@ def main(argv: list[str] | None = None) -> None:
 
 def check_sizes(c: dict) -> None:
     """ValueError for impossible arguments of DiT."""
+    for name in ("input_size", "patch", "channels", "width", "depth", "heads", "num_classes"):
+        if type(c[name]) is not int or not 1 <= c[name] <= 2 ** 16:
+            raise ValueError(f"{name} {c[name]!r}: expected a whole number, 1 to {2 ** 16}")
+    for name, limit in dict(t_min=1, mlp_ratio=1000).items():
+        if type(c[name]) not in (int, float) or not 0 < c[name] < limit:
+            raise ValueError(f"{name} {c[name]!r}: expected a number between 0 and {limit}")
     if c["input_size"] % c["patch"]:
         raise ValueError(f"{c['input_size']} pixels: expected a multiple of {c['patch']}, the patch")
     if c["width"] % c["heads"] or c["width"] % 4:
         raise ValueError(f"width {c['width']} must be a multiple of 4 and of the {c['heads']} heads")
-    for name, choices in dict(predict=("v", "x"), norm=tuple(NORMS), times=(0, 1, 2)).items():
-        if c[name] not in choices:
-            raise ValueError(f"{name} {c[name]!r}: expected one of {', '.join(map(str, choices))}")
+    for name, known in dict(predict=("v", "x"), norm=[*NORMS], times=(0, 1, 2), null_class=(0, 1)).items():
+        if c[name] not in known:
+            raise ValueError(f"{name} {c[name]!r}: expected one of {', '.join(map(str, known))}")
 
 
 def read_checkpoint(path) -> dict:
-    """The dict in a .pt file, on the CPU: tensors and plain values, as nothing in it is executed."""
+    """The dict in a .pt file, on the CPU: tensors, mapped from disk, and plain values, as nothing in it is
+    executed. One of ours is checked before anything is built of it."""
     try:
+        with open(path, "rb") as file:
+            zipped = file.read(4) == b"PK\3\4"
+        if zipped:  # torch looks at no check sums
+            with zipfile.ZipFile(path) as archive:
+                if any(m.compress_type for m in archive.infolist()) or archive.testzip():
+                    raise ValueError("a member's sum is wrong")
         with torch.serialization.safe_globals([argparse.Namespace]):  # DiT's own trainer saves one
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such checkpoint") from None
-    except Exception as error:  # UnpicklingError for what would be executed; many others for damage
-        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
-        raise ValueError(f"{path}: damaged, or not a checkpoint of tensors and plain values ({reason}); "
-                         "get or make it again") from error
+    except Exception as error:  # UnpicklingError, whose words advise to execute the file; others for damage
+        reason = "" if isinstance(error, pickle.UnpicklingError) else f": {error}".partition("\n")[0][:200]
+        raise ValueError(f"{path}: damaged, or not a checkpoint of tensors and plain values "
+                         f"({type(error).__name__}{reason}); get or make it again") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: holds a {type(content).__name__}, expected a dict of weights")
+    if checks := data.optional("checks"):
+        checks.check_checkpoint(content, path)
     return content
 
 
 def write_checkpoint(content: dict, path: Path) -> None:
     """Write a .pt file as a temporary one that then takes its name."""
-    unfinished = path.with_name(path.name + ".tmp")
-    try:
-        torch.save(content, unfinished)
-        os.replace(unfinished, path)
-    except (OSError, RuntimeError) as error:
-        unfinished.unlink(missing_ok=True)
-        reason = str(error).splitlines()[0]
-        raise OSError(f"{path} could not be written ({reason}), the one before is untouched: free disk "
-                      "space, then --resume") from error
+    with data.replacing(path, "free disk space, then --resume") as aside:
+        torch.save(content, aside)
 
 
-def load_weights(net: nn.Module, weights: dict, path) -> None:
-    """Strict load; a ValueError names keys or shapes that differ."""
+def load_weights(net: nn.Module, weights: dict, path, place=lambda value, own: value) -> None:
+    """Strict load of finite weights; a ValueError names keys or shapes that differ. place(value, own tensor):
+    this process's share."""
     own = net.state_dict()
     problems = [f"{k} is missing" for k in own if k not in weights]
     problems += [f"{k} is unknown" for k in weights if k not in own]
@@ -559,7 +571,10 @@ def load_weights(net: nn.Module, weights: dict, path) -> None:
         more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise ValueError(f"{path}: weights of another network: {'; '.join(problems[:3])}{more}; "
                          "give its --model, --size and data")
-    net.load_state_dict(weights)
+    if wrong := [k for k, value in weights.items() if not value.isfinite().all()]:
+        raise ValueError(f"{path}: {wrong[0]} is not finite, the run diverged: take an earlier checkpoint")
+    placed = {name: place(value, own[name]) for name, value in weights.items()}
+    net.load_state_dict(placed, assign=any(value.is_meta for value in own.values()))
 
 
 def bare(net):

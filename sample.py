@@ -12,13 +12,13 @@ import dataclasses
 import math
 from pathlib import Path
 
+import data
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-import data
 import model
 from data import option
 
@@ -78,8 +78,8 @@ def sample(net, e: Tensor, y: Tensor, steps: int, solver: str = "euler", guidanc
 def time_grid(steps: int, shift: float = 1.0, rho: float = 1.0, end: float = 0.0) -> list[float]:
     """Times from 1 to 0: shift u / (1 + (shift - 1) u), u = (1 - k/steps)^rho (arXiv:2403.03206, Eq. 23),
     the last step from `end` or above."""
-    if steps < 1 or shift <= 0 or rho <= 0:
-        raise ValueError(f"time grid of {steps} steps, shift {shift}, rho {rho}: all must be positive")
+    if not 1 <= steps <= 10 ** 5 or shift <= 0 or rho <= 0:
+        raise ValueError(f"time grid of {steps:.0e} steps, shift {shift}, rho {rho}: all must be positive")
     u = (1 - torch.arange(steps + 1, dtype=torch.float64) / steps) ** rho
     times = (shift * u / (1 + (shift - 1) * u)).tolist()
     if steps > 1 and times[-2] < end:
@@ -160,30 +160,34 @@ def describe(steps: int, solver: str, guidance: float, interval=(0.0, 1.0), shif
 
 def write_samples(generated, labels: Tensor, shape: tuple, out: Path, columns: int = 0) -> None:
     """Write (indices, uint8 images) of all processes to a .png grid, a shuffled .npz or a folder."""
-    if out.suffix not in (".png", ".npz"):
+    kind = check_suffix(out)
+    if not kind:
         return write_folder(generated, labels, out)
     n, place = len(labels), torch.arange(len(labels))
-    if out.suffix == ".npz":  # ADM's evaluator scores chunks of a file, which must not be sorted by class
+    if kind == ".npz":  # ADM's evaluator scores chunks of a file, which must not be sorted by class
         place = torch.randperm(n, generator=data.generator("npz order"))
     scratch = out.with_name(out.name + ".tmp.npy")  # on disk, where processes meet
     out.parent.mkdir(parents=True, exist_ok=True)
-    if data.rank() == 0:
-        np.lib.format.open_memmap(scratch, "w+", np.uint8, (n, *shape[1:], shape[0])).flush()
-    data.barrier()
     try:
+        if data.rank() == 0:
+            make = getattr(data.optional("faults"), "reserve", np.lib.format.open_memmap)
+            make(scratch, mode="w+", dtype=np.uint8, shape=(n, *shape[1:], shape[0])).flush()
+        data.barrier()
         rows = np.load(scratch, mmap_mode="r+")
         for indices, images in generated:
             rows[place[indices].numpy()] = images.permute(0, 2, 3, 1).numpy()
         rows.flush()
         data.barrier()
-        if data.rank() == 0 and out.suffix == ".npz":
-            np.savez(out, arr_0=rows, arr_1=labels[torch.argsort(place)].numpy())
-        elif data.rank() == 0:
-            images = torch.from_numpy(np.array(rows)).permute(0, 3, 1, 2)
-            data.grid(images, columns, list(map(str, labels.tolist()))).save(out)
+        if data.rank() == 0:
+            with data.replacing(out) as aside, open(aside, "wb") as file:
+                if kind == ".npz":
+                    np.savez(file, arr_0=rows, arr_1=labels[torch.argsort(place)].numpy())
+                else:
+                    images = torch.from_numpy(np.array(rows)).permute(0, 3, 1, 2)
+                    data.grid(images, columns, list(map(str, labels.tolist()))).save(file, "png")
     finally:
         if data.rank() == 0:
-            scratch.unlink()
+            scratch.unlink(missing_ok=True)
 
 
 def write_folder(generated, labels: Tensor, out: Path) -> None:
@@ -195,7 +199,8 @@ def write_folder(generated, labels: Tensor, out: Path) -> None:
     digits = len(str(len(labels) - 1))
     for indices, images in generated:
         for i, image in zip(indices, images.permute(0, 2, 3, 1).numpy()):
-            Image.fromarray(image).save(out / f"{i:0{digits}d}_class{int(labels[i])}.png")
+            with data.replacing(out / f"{i:0{digits}d}_class{int(labels[i])}.png") as aside:
+                Image.fromarray(image).save(aside)
     data.barrier()
 
 
@@ -205,7 +210,7 @@ def write_folder(generated, labels: Tensor, out: Path) -> None:
 def find_checkpoint(path: str) -> Path:
     """The checkpoint file of a path, a file or a run folder."""
     found = Path(path) / "last.pt" if Path(path).is_dir() else Path(path)
-    if not found.exists():
+    if not found.is_file():
         raise FileNotFoundError(f"{found}: no such checkpoint; expected a .pt file, or a folder with last.pt")
     return found
 
@@ -214,6 +219,8 @@ def own_settings(path: Path) -> tuple[dict, dict]:
     """Settings that samples of a run of jumps must have, and have by default; of others, none."""
     content = model.read_checkpoint(path)
     own = content.get("sampling", {})
+    if checks := data.optional("checks"):
+        checks.check_sampling(path, own, content)
     return own, dict(steps=content["config"]["sample_steps"]) | own if own else {}
 
 
@@ -285,10 +292,16 @@ def main(argv: list[str] | None = None) -> None:
 def check_numbers(cfg: Config) -> None:
     if not cfg.checkpoint:
         raise ValueError("which checkpoint? python sample.py runs/glyphs (see --help)")
-    if cfg.n < 1 or cfg.batch < 1:
-        raise ValueError(f"--n {cfg.n} --batch {cfg.batch}: expected at least 1")
-    if cfg.out.endswith(".png") and cfg.n > 10_000:
+    if check_suffix(Path(cfg.out)) == ".png" and cfg.n > 10_000:
         raise ValueError(f"--out {cfg.out}: a grid of {cfg.n:,} is too large; use .npz or a folder")
+
+
+def check_suffix(out: Path) -> str:
+    """.png, .npz, or "" for a folder; ValueError for the name of another kind of file."""
+    kind = out.suffix.lower()
+    if kind[1:].isalpha() and kind not in (".png", ".npz"):
+        raise ValueError(f"--out {out}: written are a .png grid, an .npz, or a folder of PNG files")
+    return kind if kind in (".png", ".npz") else ""
 
 
 def check_own(cfg: Config, own: dict) -> None:

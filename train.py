@@ -14,11 +14,13 @@ import dataclasses
 import functools
 import json
 import math
+import os
 import shutil
 import signal
 import time
 from pathlib import Path
 
+import data
 import torch
 import torch.distributed as dist
 import torch.nn as nn
@@ -27,7 +29,6 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map
 from tqdm import tqdm
 
-import data
 import fid
 import losses
 import model
@@ -116,6 +117,7 @@ def sampling(cfg: Config, guidance: float) -> dict:
 # ---- 2. The loop ----
 
 
+@data.alone
 def train(cfg: Config, until: int = 0) -> dict | None:
     """What final.json holds; {} where the run ended at step `until`, None after a signal."""
     # Data; a network and an optimizer for each role, G and, if adversarial, D.
@@ -131,12 +133,11 @@ def train(cfg: Config, until: int = 0) -> dict | None:
                                     fused=device.type != "mps") for role, params in weights.items()}
     start, before = resume(cfg, source, nets, opts, ema, processes) if cfg.resume else (0, 0.0)
     turns = {role: processes.wrap(Loss(role, nets, cfg, source)) for role in nets}
-    stream = training_stream(start, cfg, source)
     judge = report_start(cfg, source, nets["G"], device)
     log, began = Log(out / "log.jsonl", start, objective.alarm), time.perf_counter() - before
     bar = tqdm(range(start, until or cfg.steps), "training", cfg.steps, initial=start, disable=data.rank())
 
-    with StopSignal() as stop:
+    with StopSignal(training_stream(start, cfg, source), cfg) as stop:
         for step in bar:
             role = objective.turn(step, cfg)
             opt, turn = opts[role], turns[role]
@@ -146,7 +147,7 @@ def train(cfg: Config, until: int = 0) -> dict | None:
 
             # Gradient of the global batch's mean loss, exchanged in the last backward pass.
             values = {}
-            for k, (images, labels, positions) in zip(range(cfg.accumulation), stream):
+            for k, (images, labels, positions) in zip(range(cfg.accumulation), stop.stream):
                 with processes.exchange(turn, nets, now=k + 1 == cfg.accumulation):
                     loss, logs = turn(images.to(device), labels.to(device), positions)
                     (loss / cfg.accumulation).backward()
@@ -162,18 +163,19 @@ def train(cfg: Config, until: int = 0) -> dict | None:
 
             # Records. One process that was asked to stop takes the others along.
             done, stopped = step + 1, stop.on_any_process()
+            ending = bool(stopped) or done in (until, cfg.steps)
             log.note(step, role, values | {"grad_norm": processes.plain(norm)}, opt.param_groups[0]["lr"])
-            save, show, write = due(done, cfg, stopped or done == until)
+            save, show, write = due(done, cfg, ending)
             if write:
                 log.flush(cfg, bar)  # before anything that is not finite is saved
             if save:
-                save_checkpoint(out, done, time.perf_counter() - began, cfg, nets, opts, ema, processes)
+                save_checkpoint(out, done, began, cfg, nets, opts, ema, processes, ending)
             if show and not stopped:
                 with processes.unsharded(ema):
                     write_grid(ema, cfg, out / "samples" / f"{done:07d}.png", codec, source)
                 log.since = time.perf_counter()
             if stopped:
-                return say(f"stopped by a signal after step {done}; saved {out}/last.pt: --resume goes on")
+                return stop.leave(f"after step {done}; saved {out}/last.pt: --resume goes on")
     with processes.unsharded(ema):
         return finish(ema, cfg, began, codec, source, judge) if until in (0, cfg.steps) else {}
 
@@ -304,7 +306,8 @@ def build(cfg: Config, source: data.Dataset, given: model.DiT | None = None) -> 
     try:
         changes = dict(pair.split("=") for pair in cfg.net.split())
         options |= {name: ast.literal_eval(value) for name, value in changes.items()}
-    except (ValueError, SyntaxError):
+        options["parts"] = [*options.get("parts", [])]
+    except (ValueError, SyntaxError, TypeError):
         raise ValueError(f"--net {cfg.net}: expected something like 'depth=6 width=192'") from None
 
     with torch.random.fork_rng(devices=[]):
@@ -326,20 +329,24 @@ def inherit(net: model.DiT, given: model.DiT, cfg: Config, at: float = 1.0, part
     model.load_weights(net, weights, cfg.init)
 
 
-def save_checkpoint(out: Path, step: int, seconds: float, cfg: Config, nets, opts, ema, processes) -> None:
-    """Write last.pt, which has all that a resumed run needs."""
+def save_checkpoint(out, step: int, began: float, cfg, nets, opts, ema, processes, ending: bool) -> None:
+    """Write all that a resumed run needs, to last.pt at the end, else to next.pt until it is confirmed."""
     networks = {role: {"config": net.config, "weights": net.state_dict(),
                        "optimizer": opts[role].state_dict()} for role, net in nets.items()}
-    content = dict(step=step, seconds=seconds, config=dataclasses.asdict(cfg), ema=ema.state_dict(),
-                   sampling=losses.find(cfg.loss).sampling(cfg), networks=networks)
+    content = dict(step=step, seconds=time.perf_counter() - began, config=dataclasses.asdict(cfg),
+                   ema=ema.state_dict(), sampling=losses.find(cfg.loss).sampling(cfg), networks=networks)
     content = tree_map(processes.gather, content)
     if data.rank() > 0:
         return
-    model.write_checkpoint(content, out / "last.pt")
+    if checks := data.optional("checks"):
+        checks.check_finite(content, step)
+    path = out / ("last.pt" if ending else "next.pt")
+    model.write_checkpoint(content, path)
     if curves := data.optional("curves"):
         curves.draw_loss(out / "log.jsonl", out / "loss.png")
     if cfg.keep_every and step % cfg.keep_every == 0:
-        shutil.copyfile(out / "last.pt", out / f"step_{step:07d}.pt")
+        with data.replacing(out / f"step_{step:07d}.pt") as aside:
+            shutil.copyfile(path, aside)
 
 
 def resume(cfg: Config, source: data.Dataset, nets, opts, ema, processes) -> tuple[int, float]:
@@ -348,18 +355,15 @@ def resume(cfg: Config, source: data.Dataset, nets, opts, ema, processes) -> tup
     content = model.read_checkpoint(path)
     check_resume(path, content, cfg, source)
 
-    def load(net: nn.Module, weights: dict) -> None:
-        own = net.state_dict()
-        model.load_weights(net, {k: processes.scatter(v, own.get(k)) for k, v in weights.items()}, path)
-
-    load(ema, content["ema"])
+    model.load_weights(ema, content["ema"], path, processes.scatter)
     for role, saved in content["networks"].items():
-        load(nets[role], saved["weights"])
-        params = opts[role].param_groups[0]["params"]
-        state = {i: {k: processes.scatter(v, params[i]) if v.dim() else v for k, v in s.items()}
-                 for i, s in saved["optimizer"]["state"].items()}
-        opts[role].load_state_dict(saved["optimizer"] | {"state": state})
-        opts[role].param_groups[0].update(betas=(cfg.beta1, cfg.beta2), weight_decay=cfg.weight_decay)
+        model.load_weights(nets[role], saved["weights"], path, processes.scatter)
+        own, params = opts[role].state_dict(), opts[role].param_groups[0]["params"]
+        if checks := data.optional("checks"):
+            checks.check_moments(saved.get("optimizer"), params, path)
+        own["state"] = {i: {k: processes.scatter(v.clone(), p) if v.dim() else v for k, v in s.items()}
+                        for (i, s), p in zip(saved["optimizer"]["state"].items(), params)}
+        opts[role].load_state_dict(own)
     return content["step"], content["seconds"]
 
 
@@ -371,7 +375,7 @@ def due(done: int, cfg: Config, ending: bool) -> tuple[bool, bool, bool]:
     log_every = cfg.log_every if cfg.steps >= cfg.log_every else max(1, cfg.steps // 20)
     periods = cfg.save_every, cfg.keep_every, cfg.sample_every, log_every
     save, keep, show, write = (period != 0 and done % period == 0 for period in periods)
-    save = save or keep or ending or done == cfg.steps
+    save = save or keep or ending
     return save, show, write or save or show
 
 
@@ -387,6 +391,7 @@ class Log:
             path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     def note(self, step: int, role: str, values: dict, lr: float) -> None:
+        confirm(self.path.parent, step, role, values)
         self.pending.append((step, role, {k: v.detach().float() for k, v in values.items()}, lr))
 
     def flush(self, cfg: Config, bar: tqdm) -> None:
@@ -417,15 +422,6 @@ class Log:
         bar.set_postfix(loss=f"{means['loss']:.4f}", img_s=f"{speed:.0f}", refresh=False)
 
 
-def read_log(path: Path) -> list[dict]:
-    """The lines of a .jsonl file, but for an unfinished one."""
-    rows = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        with contextlib.suppress(json.JSONDecodeError):
-            rows.append(json.loads(line))
-    return rows
-
-
 def write_grid(ema: nn.Module, cfg: Config, path: Path, codec, source: data.Dataset) -> None:
     """A guided grid of fixed noise: a column for each of up to ten classes, or ten of one."""
     if not losses.find(cfg.loss).draws_images or ema.shape[0] != 3 and codec is None:
@@ -435,8 +431,8 @@ def write_grid(ema: nn.Module, cfg: Config, path: Path, codec, source: data.Data
     labels = sample.labels_for(4 * columns, shown)
     options = sampling(cfg, cfg.guidance if ema.null_class else 1.0)
     fake = list(sample.generate(ema, labels, cfg.seed, len(labels), codec=codec, **options))
-    if losses.find(cfg.loss).D and source.shape[0] == 3:
-        warn_of_sameness(fake, labels, source)
+    if losses.find(cfg.loss).D and source.shape[0] == 3 and (notes := data.optional("notes")):
+        notes.warn_of_sameness(fake, labels, source)
     sample.write_samples(fake, labels, sample.image_shape(ema, codec), path, columns)
 
 
@@ -459,7 +455,8 @@ def say(text: str) -> None:
 
 def report_start(cfg: Config, source: data.Dataset, net: nn.Module, device: torch.device):
     """Write config.json, say what is trained; the classifier that scores."""
-    warn_of_start(cfg, source)
+    if notes := data.optional("notes"):
+        notes.warn_of_start(cfg, source)
     if data.rank() == 0:
         Path(cfg.out, "config.json").write_text(json.dumps(dataclasses.asdict(cfg), indent=2) + "\n")
     size = sum(p.numel() for p in net.parameters()) / 1e6
@@ -503,14 +500,15 @@ def read_settings(argv: list[str] | None, **defaults) -> Config:
     asked.out = asked.out or f"runs/{Path(asked.data or Config.data).stem}"
     last = Path(asked.out) / "last.pt"
     was = model.read_checkpoint(last).get("config", {}) if asked.resume and last.exists() else {}
-    if ":" in was.get("loss", "") and not asked.loss:
-        raise ValueError(f"{last}: give again the --loss {was['loss']} that it was trained with")
+    was, code = without_code(was, asked, last)
     loss = asked.loss or was.get("loss") or defaults.get("loss", "fm")
     objective, kind = losses.find(loss), config_class(loss)
     known = usual(loss, asked.init or was.get("init")) | defaults
     known |= {k: v for k, v in was.items() if hasattr(kind, k)} | dict(loss=loss)
     known |= {k: v for k, v in vars(asked).items() if v}
-    return data.parse(kind, argv, __doc__, own=tuple(objective.flags), elsewhere=takers, **known)
+    takers = getattr(data.optional("notes"), "takers", lambda flag: "")
+    cfg = data.parse(kind, argv, __doc__, own=tuple(objective.flags), elsewhere=takers, **known)
+    return check_code(cfg, code, last)
 
 
 def main(argv: list[str] | None = None, **defaults) -> None:
@@ -526,11 +524,17 @@ def main(argv: list[str] | None = None, **defaults) -> None:
 
 
 class StopSignal:
-    """SIGTERM or Ctrl-C: finish the step, save and leave; Ctrl-C 2 seconds later: end at once."""
-    asked = 0.0
+    """SIGTERM, SIGHUP, Ctrl-C, or data that cannot be read: finish the step, save and leave; Ctrl-C 2 seconds
+    later: end at once."""
+    asked, failed, stopped = 0.0, None, 0
+
+    def __init__(self, stream=(), cfg: Config | None = None):
+        self.stream = getattr(data.optional("faults"), "ahead", lambda stream, *_: stream)(stream, cfg, self)
 
     def __enter__(self):
-        self.before = {s: signal.signal(s, self.note) for s in (signal.SIGTERM, signal.SIGINT)}
+        hangup = () if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else (signal.SIGHUP,)  # nohup
+        numbers = signal.SIGTERM, signal.SIGINT, *hangup
+        self.before = {s: signal.signal(s, self.note) for s in numbers}
         return self
 
     def __exit__(self, *_):
@@ -542,48 +546,45 @@ class StopSignal:
         if number == signal.SIGINT and time.monotonic() > self.asked + 2:  # sooner: torchrun's copy
             raise KeyboardInterrupt
 
-    def on_any_process(self) -> bool:
-        """Whether any process was asked."""
-        asked = torch.tensor([float(self.asked > 0)])
+    def on_any_process(self) -> int:
+        """0, 1 where any process was asked to stop, or 2 where one has no data."""
+        asked = torch.tensor(2 if self.failed else int(self.asked > 0))
         if dist.is_initialized():
-            dist.all_reduce(asked)
-        return bool(asked)
+            dist.all_reduce(asked, dist.ReduceOp.MAX)
+        self.stopped = int(asked)
+        return self.stopped
+
+    def leave(self, where: str) -> None:
+        if self.failed:
+            raise ValueError(f"{self.failed} ({where})")
+        if self.stopped == 2:
+            raise ConnectionError("another process has no data")
+        say(f"stopped by a signal {where}")
+
+
+def confirm(out: Path, step: int, role: str, values: dict) -> None:
+    """next.pt becomes last.pt when the loss after it is finite."""
+    if data.rank() == 0 and (out / "next.pt").exists():
+        check_finite({name: float(value) for name, value in values.items()}, step, role)
+        os.replace(out / "next.pt", out / "last.pt")
+
+
+def read_log(path: Path) -> list[dict]:
+    """The lines of log.jsonl."""
+    return [row for row in data.read_rows(path)
+            if type(row.get("role")) is str and type(row.get("loss")) is float and math.isfinite(row["loss"])]
 
 
 def check_finite(row: dict, step: int, role: str) -> None:
     for name, value in row.items():
         if not math.isfinite(value):
-            raise ValueError(f"step {step}, network {role}: {name} is {value}; last.pt is older and sound: "
-                             "--resume with a lower --lr or --clip")
-
-
-def warn_of_sameness(fake: list, labels: Tensor, source: data.Dataset) -> None:
-    """A note where the images of a class deviate half as much as the data's."""
-    known, deviations = torch.as_tensor(source.labels), []
-    real = [(known == k).nonzero()[:int(n), 0] for k, n in zip(*labels.unique(return_counts=True))]
-    for images, classes in [*((images, labels[indices]) for indices, images in fake),
-                            next(data.batches(source, [torch.cat(real).tolist()]))]:
-        own = [images[classes == k].float() for k in classes.unique()]
-        deviations.append(sum(x.std(0).mean() for x in own if len(x) > 1))
-    if len(deviations) == 2 and deviations[0] < deviations[1] / 2:  # on process 0, which has the samples
-        share = deviations[0] / deviations[1]
-        data.note(f"samples of a class deviate {share:.2f} times as much as the data: the generator forgets "
-                  "its noise; try a lower --lr than --d_lr, or more --ot")
-
-
-def warn_of_start(cfg: Config, source: data.Dataset) -> None:
-    if source.shape[0] != 3 and not cfg.codec:
-        data.note("no --codec to decode these latents, so no pictures")
-    scratch = losses.find(cfg.loss).scratch
-    if scratch is not None and not (cfg.init or cfg.resume):
-        own = ", ".join(f"{name} {getattr(cfg, name)}" for name in scratch)
-        data.note(f"{cfg.loss} is meant to start from a flow (--init RUN); from scratch: {own or 'may fail'}")
+            raise ValueError(f"step {step}, network {role}: {name} is {value}; last.pt, if any, is "
+                             "older and sound: --resume with a lower --lr or --clip")
 
 
 def check(cfg: Config) -> None:
     """ValueError for settings that cannot work; else the run folder is made."""
-    micro_batch(cfg)
-    losses.at_least(cfg, 1, "steps", "log_every", "save_every", "sample_steps")
+    micro_batch(data.checked(cfg))
     losses.find(cfg.loss).check(cfg)
     if cfg.data in ("glyphs:1", "glyphs:2", "glyphs:3"):
         raise ValueError(f"--data {cfg.data}: held out to score with; use glyphs, or glyphs:4 and on")
@@ -594,6 +595,24 @@ def check(cfg: Config) -> None:
         raise ValueError(f"{out} holds a run already: give --resume to go on, or another --out")
     data.barrier()
     (out / "samples").mkdir(parents=True, exist_ok=True)
+    for left in [*out.glob(".[0-9]*"), *out.glob("samples/.[0-9]*"), out / "next.pt"] * (data.rank() == 0):
+        left.unlink(missing_ok=True)  # by a process that was killed
+
+
+def without_code(was: dict, asked, path) -> tuple[dict, dict]:
+    """A checkpoint's settings that name no code, and those that do: the user names these again."""
+    code = {name: value for name, value in was.items() if name == "encoder" or ".py" in str(value)}
+    if asked.loss:
+        code.pop("loss", "")
+    check_code(asked, code, path)
+    return {name: value for name, value in was.items() if name not in code}, code
+
+
+def check_code(cfg, code: dict, path):
+    for name, value in code.items():
+        if getattr(cfg, name, value) != value:
+            raise ValueError(f"{path}: give again the --{name} {value} that it was trained with")
+    return cfg
 
 
 def check_given(given: model.DiT, net: model.DiT, cfg: Config) -> None:
@@ -606,14 +625,15 @@ def check_given(given: model.DiT, net: model.DiT, cfg: Config) -> None:
 
 def check_resume(path: Path, content: dict, cfg: Config, source: data.Dataset) -> None:
     """ValueError where a checkpoint is not of this run; a note of changed settings."""
-    if "networks" not in content:
-        raise ValueError(f"{path}: not a checkpoint of train.py; start from it with --init")
     objective = losses.find(cfg.loss)
+    roles = {"G", "D"} if objective.D else {"G"}
+    if not {"step", "seconds", "config", "networks"} <= {*content} or {*content["networks"]} != roles:
+        raise ValueError(f"{path}: not a checkpoint of --loss {cfg.loss} to go on with: use --init {path}")
     for name, old in content["config"].items():
         new = getattr(cfg, name, None)
         if new == old or name in ("resume", "out"):
             continue
-        fixed = name in ("loss", "model", "net", "predict", "data", "size")
+        fixed = name in ("loss", "model", "net", "predict", "data", "size", "init", "d_init")
         if name in objective.flags:  # where the network or its sampling changes
             was = dataclasses.replace(cfg, **{name: old})
             fixed = objective.network(was, source) != objective.network(cfg, source)
@@ -624,16 +644,6 @@ def check_resume(path: Path, content: dict, cfg: Config, source: data.Dataset) -
         data.note(f"resuming with --{name} {new} (was {old})")
     if content["step"] > cfg.steps:
         raise ValueError(f"{path}: step {content['step']} is beyond --steps {cfg.steps}; give more")
-
-
-def takers(flag: str) -> str:
-    """Which objectives take a flag."""
-    for path in data.extra_file("any").parent.glob("[!_]*.py"):
-        with contextlib.suppress(ValueError):  # one that lacks another
-            path.stem.startswith("test") or data.extra(path.stem, flag)
-    name = flag.removeprefix("no-")
-    names = [loss for loss, objective in losses.LOSSES.items() if name in objective.flags]
-    return f"--{flag} is a setting of --loss {', '.join(names)}" if names else ""
 
 
 if __name__ == "__main__":

@@ -133,7 +133,6 @@ def inputs(role: str, cfg, source, net) -> tuple:
 
 def check(cfg) -> None:
     check_augment(cfg)
-    losses.at_least(cfg, 2, "stages")
 
 
 FLAGS = dict(stages=option(3, "stages of the generator, and scales of the discriminator"),

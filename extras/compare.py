@@ -51,7 +51,7 @@ def settings_of(name: str, given: dict, out: Path) -> train.Config:
 def compare(names: list[str], given: dict) -> None:
     """Train and score every objective; what is done stays in compare.json and is not done again."""
     out = Path(given.get("out", "runs/compare"))
-    done, rows = json.loads((out / "compare.json").read_text()) if (out / "compare.json").exists() else {}, []
+    done, rows = read_done(out / "compare.json"), []
     for name in names:
         cfg, record = settings_of(name, given, out), done.setdefault(name, {"seconds": 0.0, "scores": {}})
         last = sample.find_checkpoint(cfg.init) if name == "fm" and cfg.init else out / name / "last.pt"
@@ -77,6 +77,17 @@ def compare(names: list[str], given: dict) -> None:
         draw(names, rows, out / "compare.png")
         (out / "compare.md").write_text(table := as_table(names, done, settings_of(names[0], given, out)))
         print(f"\n{table}wrote compare.json, compare.md and compare.png in {out}")
+
+
+def read_done(path: Path) -> dict:
+    """What compare.json holds: for each objective its seconds and scores by number of evaluations."""
+    try:
+        done = json.loads(path.read_text()) if path.exists() else {}
+        for record in done.values():
+            record["seconds"] + 0.0, [s["fd_glyphs"] + s["accuracy"] for s in record["scores"].values()]
+    except (ValueError, AttributeError, TypeError, KeyError, RecursionError) as error:
+        raise ValueError(f"{path}: damaged ({type(error).__name__}: {error}); remove it") from None
+    return done
 
 
 def write(done: dict, out: Path) -> None:

@@ -23,6 +23,7 @@ REG use, in a file dino.py (not run here: not checked yet):
 """
 import dataclasses
 import importlib.util
+import types
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +32,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import data
+import model
+from extras import checks
 
 
 class Encoder:
@@ -38,7 +41,7 @@ class Encoder:
 
     def __init__(self, name: str, size: int, device="cpu"):
         path, _, function = name.rpartition(":")
-        if not Path(path).is_file() or not function:
+        if not path.endswith(".py") or not Path(path).is_file() or not function:
             raise ValueError(f"--encoder {name}: expected FILE.py:NAME, a function in a file that is there")
         spec = importlib.util.spec_from_file_location("encoder", path)
         module = importlib.util.module_from_spec(spec)
@@ -93,6 +96,15 @@ def encoder_features(cfg, source: data.Dataset, device="cpu") -> Encoder | Store
         _loaded.clear()
         _loaded[name] = Encoder(*name, device)
     return _loaded[name]
+
+
+def run_settings(path, encoder: str) -> types.SimpleNamespace:
+    """The settings of a run, whose encoder the user must name: no checkpoint makes us run a file."""
+    kinds = dict(loss=str, data=str, size=int, seed=int, mirror=str)
+    run = checks.run_settings(path, model.read_checkpoint(path), **kinds)
+    if (was := getattr(run, "encoder", "")) != encoder:
+        raise ValueError(f"{path}: give its encoder again, --encoder {was}, if you trust that file")
+    return run
 
 
 @dataclasses.dataclass

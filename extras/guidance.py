@@ -32,6 +32,8 @@ class Guided(nn.Module):
         if channels and len(getattr(net, "state", "CHW")) == 1:
             raise ValueError(f"channels {channels}: a token is guided with this network's image; leave it "
                              "at 0")
+        if not 0 <= channels <= net.shape[0]:
+            raise ValueError(f"--guide_channels {channels}: expected 0 (all) to {net.shape[0]}")
         if reference is None and not net.null_class:
             raise ValueError("guidance without a null label: use guidance 1 or a reference")
         self.net, self.reference, self.channels = net, reference, channels

@@ -174,7 +174,6 @@ class TwoVelocities(mixture.PointNet):
 
 def check_imf(cfg) -> None:
     losses.check_jumps(cfg)
-    losses.at_least(cfg, 1, "omega_max")
     if cfg.omega_max > 1 and not cfg.label_drop:
         raise ValueError(f"--omega_max {cfg.omega_max} --label_drop 0: guidance needs dropped labels")
 

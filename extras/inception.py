@@ -24,6 +24,7 @@ from torch import Tensor
 
 import data
 import fid
+import model
 from extras.files import digest, require_file
 from extras.inception_blocks import Conv, Mixed, inception_blocks
 
@@ -155,7 +156,7 @@ def read_weights(path: str | Path, flavour: str = "") -> tuple[str, dict[str, Te
     if not Path(path).is_file():
         raise FileNotFoundError(f"weights file not found: {path}; give {', '.join(WEIGHTS)}, or a path")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = model.read_checkpoint(path)
         found = {classes: name for name, (classes, *_) in WEIGHTS.items()}[len(state["fc.weight"])]
     except Exception as error:  # RuntimeError, EOFError, UnpicklingError, .. for damage, KeyError for others
         raise ValueError(f"{path}: not an InceptionV3 state dict with 1000 or 1008 classes, or an incomplete "
@@ -191,9 +192,8 @@ fid.FEATURES["inception"] = features
 
 def main() -> None:
     for flavour, (classes, url, size, sha256) in WEIGHTS.items():
-        state = "is there" if place(flavour).exists() else "is not there"
         print(f"{flavour}: {classes} classes, {size:,} bytes, sha256 {sha256}")
-        print(f"  {url}\n  {place(flavour)} {state}")
+        print(f"  {url}\n  {place(flavour)} is {'' if place(flavour).exists() else 'not '}there")
 
 
 if __name__ == "__main__":

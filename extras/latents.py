@@ -25,6 +25,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 import data
+import model
+from extras.faults import reserve
 from extras.files import digest
 from extras.vae import VAE, posterior
 
@@ -52,13 +54,13 @@ def read_safetensors(path: str | Path) -> dict[str, Tensor]:
             header = json.loads(file.read(length))
             header.pop("__metadata__", None)
             entries = [(name, *parse_entry(entry)) for name, entry in header.items()]
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
             what = f"{type(error).__name__}: {str(error)[:60]}"
             raise ValueError(f"{path}: its header cannot be read ({what}): {refusal}") from error
 
     room, last = size - 8 - length, 0
     for name, dtype, shape, begin, end in sorted(entries, key=lambda entry: entry[3:]):
-        fits = last <= begin and end <= room and end - begin == math.prod(shape) * dtype.itemsize
+        fits = last <= begin <= end <= room and end - begin == math.prod(shape) * dtype.itemsize
         if not fits or min(shape, default=0) < 0:
             raise ValueError(f"{path}: {name} of shape {shape} lies at {begin} to {end} of {room:,} bytes, "
                              f"after {last}: {refusal}")
@@ -75,8 +77,10 @@ def read_safetensors(path: str | Path) -> dict[str, Tensor]:
 
 def parse_entry(entry: dict) -> tuple:
     """dtype, shape, begin and end from an entry of the header."""
-    begin, end = map(int, entry["data_offsets"])
-    return DTYPES[entry["dtype"]], [int(n) for n in entry["shape"]], begin, end
+    numbers = [*entry["data_offsets"], *entry["shape"]]
+    if any(type(n) is not int or abs(n) > 2 ** 62 for n in numbers) or len(entry["data_offsets"]) != 2:
+        raise ValueError(f"sizes {str(numbers)[:40]}")
+    return DTYPES[entry["dtype"]], numbers[2:], *numbers[:2]
 
 
 OFFICIAL = "https://huggingface.co/stabilityai/sd-vae-ft-mse"
@@ -101,12 +105,7 @@ def load_vae(path: str | Path) -> VAE:
     if path.suffix == ".safetensors":
         weights = read_safetensors(path)
     else:
-        try:
-            weights = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:
-            what = type(error).__name__
-            raise ValueError(f"{path}: damaged, or not a file of tensors ({what}); get it again") from error
-
+        weights = model.read_checkpoint(path)
     if not (isinstance(weights, dict) and all(map(torch.is_tensor, weights.values()))):
         raise ValueError(f"{path}: not an SD-VAE file: expected tensors by name, and nothing else")
     weights = dict(current_name(key, value.float()) for key, value in weights.items())
@@ -120,6 +119,8 @@ def load_vae(path: str | Path) -> VAE:
     if wrong:
         raise ValueError(f"{path}: not an SD-VAE file: {wrong[0]} is missing, unknown or of another shape "
                          f"({len(wrong)} such)")
+    if wrong := [key for key, value in weights.items() if not value.isfinite().all()]:
+        raise ValueError(f"{path}: {wrong[0]} is not finite; get it again")
     vae.load_state_dict(weights, assign=True)
     return vae.eval().requires_grad_(False)
 
@@ -145,9 +146,38 @@ def read_manifest(root: Path) -> dict:
         about = json.loads((root / "manifest.json").read_text())
         if lacking := ENTRIES - about.keys():
             raise ValueError(f"{min(lacking)} is missing")
-    except (ValueError, AttributeError) as error:
+        check_manifest(about)
+    except (ValueError, AttributeError, TypeError, RecursionError) as error:
         raise ValueError(f"{root}/manifest.json: not one of python -m extras.latents ({error})") from error
     return about
+
+
+def check_manifest(about: dict) -> None:
+    """ValueError for entries that `encode` cannot have written."""
+    def whole(numbers, lowest=1) -> bool:
+        return all(type(n) is int and lowest <= n < 10 ** 9 for n in numbers)
+
+    size, scale, features = about["size"], about["scale"], about["features"]
+    fine = dict(count=whole([about["count"]]), shard=whole([about["shard"]]), size=whole([size]),
+                classes=type(about["classes"]) is list and all(type(k) is str for k in about["classes"]),
+                shape=type(about["shape"]) is list and len(about["shape"]) == 3 and whole(about["shape"]),
+                scale=type(scale) is float and 0 < scale < 1000,
+                features=features is None or type(features) is list and len(features) == 2
+                and whole(features))
+    if wrong := [name for name, right in fine.items() if not right]:
+        raise ValueError(f"{wrong[0]} is {str(about[wrong[0]])[:40]!r}")
+
+
+def map_array(path: Path, dtype, shape: tuple) -> np.ndarray:
+    """An array of a folder of latents, mapped from disk; ValueError for another type or shape."""
+    try:
+        found = np.load(path, mmap_mode="r")
+    except Exception as error:  # of numpy
+        raise ValueError(f"{path}: cannot be read ({error}); remove it and encode again") from error
+    if found.dtype != dtype or found.shape != shape:
+        raise ValueError(f"{path}: {found.dtype} {found.shape}; expected {np.dtype(dtype)} {shape}: remove "
+                         "it and encode again")
+    return found
 
 
 class Latents(data.Dataset):
@@ -163,15 +193,22 @@ class Latents(data.Dataset):
             raise ValueError(f"{root}: encoded at --size {about['size']}, not {size}; give --size 0")
         self.classes, self.shape, self.scale = about["classes"], tuple(about["shape"]), about["scale"]
         self.features = tuple(about["features"]) if about["features"] else None
-        self.labels, self.per_shard = np.load(root / "labels.npy"), about["shard"]
+        self.per_shard, n = about["shard"], about["count"]
+        labels = np.array(map_array(root / "labels.npy", np.int64, (n,)))
+        if labels.min() < 0 or labels.max() >= len(self.classes):
+            raise ValueError(f"{root}/labels.npy: labels from {labels.min()} to {labels.max()} of "
+                             f"{len(self.classes)} classes: encode again")
+        self.labels = labels
 
-        count = -(-about["count"] // about["shard"])
+        count = -(-n // self.per_shard)
         files = [shard_file(root, k) for k in range(count)]
         if missing := [file.name for file in files if not file.exists()]:
             raise ValueError(f"{root}: {missing[0]} is missing ({len(missing)} of {count}): the same command "
                              f"python -m extras.latents .. continues where it stopped")
-        self.shards = {what: [np.load(shard_file(root, k, what), mmap_mode="r") for k in range(count)]
-                       for what in ("moments", *(["features"] if self.features else []))}
+        shapes = {"moments": (8, *self.shape[1:])} | ({"features": self.features} if self.features else {})
+        rows = [min(self.per_shard, n - k * self.per_shard) for k in range(count)]
+        self.shards = {what: [map_array(shard_file(root, k, what), np.float16, (rows[k], 2, *shape))
+                              for k in range(count)] for what, shape in shapes.items()}
 
     def row(self, what: str, i: int) -> np.ndarray:
         """The "moments" or "features" of both sides of image i, mapped from disk: float16 (2, ...)."""
@@ -216,6 +253,7 @@ class Config:
     shape = property(lambda self: (4, self.size // 8, self.size // 8))  # of a latent
 
 
+@data.alone
 @torch.no_grad()
 def encode(cfg: Config) -> None:
     """Write the moments of every image and of its mirror image, and an encoder's features, shard by shard.
@@ -240,6 +278,9 @@ def encode(cfg: Config) -> None:
         encoder = data.extra("encoders", f"--encoder {cfg.encoder}").Encoder(cfg.encoder, cfg.size, device)
         makers = {"features": (encoder, tuple(encoder.shape))} | makers  # moments last: they complete a shard
     write_manifest(out, ds, cfg, makers)
+    for left in out.glob("*.tmp.npy") if data.rank() == 0 else ():
+        left.unlink()  # by a process that was killed
+    data.barrier()
 
     # A shard belongs to a process by its number, whatever the others have written meanwhile.
     own = range(data.rank(), -(-len(ds) // cfg.shard), data.world())
@@ -274,25 +315,28 @@ def write_manifest(out: Path, ds: data.Dataset, cfg: Config, makers: dict) -> No
 def write_shard(k: int, indices: range, makers: dict, ds: data.Dataset, cfg: Config, device, bar) -> None:
     """Shard k: what each of `makers` gives for both sides of its images, written aside and then renamed."""
     paths = {what: shard_file(Path(cfg.out), k, what) for what in makers}
-    rows = {}
-    for what, (_, shape) in makers.items():
-        aside = paths[what].with_suffix(".tmp.npy")
-        rows[what] = np.lib.format.open_memmap(aside, "w+", np.float16, (len(indices), 2, *shape))
-
+    asides = {what: path.with_suffix(".tmp.npy") for what, path in paths.items()}
     chunks = [list(indices[at:at + cfg.batch]) for at in range(0, len(indices), cfg.batch)]
-    for chunk, (images, _) in zip(chunks, data.batches(ds, chunks, cfg.workers)):
-        x, here = data.to_float(images.to(device)), slice(chunk[0] - indices[0], chunk[-1] - indices[0] + 1)
-        for what, (make, _) in makers.items():
-            both = torch.stack([make(x), make(x.flip(3))], 1).half()
-            if not torch.isfinite(both).all():
-                source = cfg.vae if what == "moments" else cfg.encoder
-                raise ValueError(f"{source}: gives {what} that are not finite as float16, for the images "
-                                 f"{chunk[0]} to {chunk[-1]}")
-            rows[what][here] = both.cpu().numpy()
-        bar.update(len(chunk))
-    for what, written in rows.items():
-        written.flush()
-        os.replace(paths[what].with_suffix(".tmp.npy"), paths[what])
+    try:
+        rows = {what: reserve(asides[what], "w+", np.float16, (len(indices), 2, *shape))
+                for what, (_, shape) in makers.items()}
+        for chunk, (images, _) in zip(chunks, data.batches(ds, chunks, cfg.workers)):
+            x = data.to_float(images.to(device))
+            here = slice(chunk[0] - indices[0], chunk[-1] - indices[0] + 1)
+            for what, (make, _) in makers.items():
+                both = torch.stack([make(x), make(x.flip(3))], 1).half()
+                if not torch.isfinite(both).all():
+                    source = cfg.vae if what == "moments" else cfg.encoder
+                    raise ValueError(f"{source}: gives {what} that are not finite as float16, for the images "
+                                     f"{chunk[0]} to {chunk[-1]}")
+                rows[what][here] = both.cpu().numpy()
+            bar.update(len(chunk))
+        for what, written in rows.items():
+            written.flush()
+            os.replace(asides[what], paths[what])
+    finally:
+        for aside in asides.values():
+            aside.unlink(missing_ok=True)
 
 
 def main(argv: list[str] | None = None) -> None:

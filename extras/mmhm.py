@@ -45,12 +45,21 @@ def mmhm(models: dict[str, dict[str, float]], bounds: dict | None = None) -> tup
             for label, scores in models.items()}, bounds
 
 
+def read(file: str, take):
+    """What `take` finds in a JSON file."""
+    try:
+        return take(json.loads(Path(file).read_text()))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        what = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{file}: not a result of fid.py --json, nor bounds ({what})") from None
+
+
 def rank_models(files: list[str], bounds_file: str = "") -> str:
     """The table of several results of --json; writes the bounds to their file where it is not there yet."""
-    known = json.loads(Path(bounds_file).read_text()) if bounds_file and Path(bounds_file).exists() else None
-    results = {file: json.loads(Path(file).read_text())["scores"] for file in files}
-    models = {file: {name: score["value"] for name, score in scores.items()}
-              for file, scores in results.items()}
+    known = read(bounds_file, lambda found: {name: (low + 0.0, high + 0.0) for name, (low, high) in
+                                             found.items()}) if Path(bounds_file).is_file() else None
+    models = {file: read(file, lambda found: {name: score["value"] + 0.0 for name, score in
+                                              found["scores"].items()}) for file in files}
     common = [name for name in known or models[files[0]]
               if name.startswith(TAKEN) and all(name in scores for scores in models.values())]
     compared = {file: {name: scores[name] for name in common} for file, scores in models.items()}

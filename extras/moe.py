@@ -25,6 +25,7 @@ import data
 import model
 import sample
 from data import option
+from extras.checks import run_settings
 
 # ---- 1. The layer ----
 
@@ -160,7 +161,8 @@ def main(argv: list[str] | None = None) -> None:
     if not cfg.run:
         return print(__doc__.strip())
     path, device = sample.find_checkpoint(cfg.run), data.start_processes(cfg.device)
-    net, run = model.load(path).to(device), model.read_checkpoint(path)["config"]
+    run = vars(run_settings(path, model.read_checkpoint(path), data=str, size=int, seed=int))
+    net = model.load(path).to(device)
     if not expert_layers(net):
         raise ValueError(f"{path}: a network without experts; give a run of --model MoE-S/2 or the like")
     source, draws = data.dataset(run["data"], run["size"] or None), data.Draws(run["seed"], range(cfg.n))

@@ -18,6 +18,7 @@ import fid
 import model
 import sample
 from data import option
+from extras.checks import run_settings
 
 
 @dataclasses.dataclass
@@ -50,7 +51,7 @@ def reference_of(cfg: Config, content: dict) -> dict:
 def score(path: Path, cfg: Config) -> dict:
     """The line of scores.jsonl of one checkpoint."""
     content, (own, _) = model.read_checkpoint(path), sample.own_settings(path)
-    settings = content["config"]
+    settings = vars(run_settings(path, content, data=str, size=int, seed=int, sample_steps=int, solver=str))
     flow = {} if own else dict(steps=settings["sample_steps"], solver=settings["solver"])
     found = fid.evaluate(path, num=cfg.num, seed=settings["seed"] + 1, codec=cfg.codec, batch=cfg.batch,
                          device=cfg.device, **flow, **reference_of(cfg, content))
@@ -66,10 +67,10 @@ def main(argv: list[str] | None = None) -> None:
     checkpoints, log = sorted(Path(cfg.run).glob("step_*.pt")), Path(cfg.run) / "scores.jsonl"
     if not checkpoints:
         raise ValueError(f"{cfg.run}: no step_*.pt in it; train.py --keep_every N keeps one every N steps")
-    known = {json.loads(line)["step"] for line in log.read_text().splitlines()} if log.exists() else set()
+    known = {row["step"] for row in data.read_rows(log)}
     data.barrier()  # before anybody writes
     for path in checkpoints:
-        if int(path.stem.removeprefix("step_")) in known:
+        if path.stem.removeprefix("step_").lstrip("0") in map(str, known):
             continue
         row = score(path, cfg)
         if data.rank() == 0:

@@ -118,7 +118,7 @@ def candidates(role: str, cfg, source, net) -> tuple:
 FLAGS = dict(candidates=option(16, "images that the target is a mean over: the sample, others of its class"),
              bank=option(256, "images of each class that the others are drawn from"))
 
-losses.register("pafm", pafm, flags=FLAGS, check=lambda cfg: losses.at_least(cfg, 1, "candidates", "bank"),
+losses.register("pafm", pafm, flags=FLAGS,
                 inputs=candidates, points=dict(steps=2000))
 
 

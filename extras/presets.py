@@ -81,6 +81,9 @@ def main(argv: list[str] | None = None) -> None:
     if name in ("", "-h", "--help"):
         print(__doc__)
         return print("\n".join(f"{name:>20}  {source}" for name, (source, _) in PRESETS.items()))
+    if "--resume" in flags:
+        raise ValueError(f"preset {name} with --resume: a run goes on with its own settings: python train.py "
+                         "--resume --out RUN")
     cfg = train.read_settings(flags, **settings(name))
     if data.rank() == 0:
         shown = " ".join(f"--{k} {getattr(cfg, k)}" for k in settings(name) if hasattr(cfg, k))

@@ -26,7 +26,7 @@ import losses
 import model
 import sample
 from data import option
-from extras import repa
+from extras import encoders, repa
 from extras.encoders import encoder_features
 from losses import drop_labels, interpolate, sample_times, velocity_target
 
@@ -111,6 +111,7 @@ losses.register("reg", reg, flags=repa.FLAGS | dict(token=TOKEN), network=token_
 @dataclasses.dataclass
 class Config:
     run: str = option("", "a run folder of --loss reg on images, with --encoder")
+    encoder: str = option("", "its encoder, named again: FILE.py:NAME")
     n: int = option(20, "samples")
     steps: int = option(25, "solver steps")
 
@@ -122,8 +123,8 @@ def main(argv: list[str] | None = None) -> None:
     if not cfg.run:
         return print(__doc__.strip())
     path = sample.find_checkpoint(cfg.run)
-    saved = model.read_checkpoint(path).get("config", {})
-    if saved.get("loss") != "reg" or not saved.get("encoder"):
+    saved = vars(encoders.run_settings(path, cfg.encoder))
+    if saved["loss"] != "reg" or not cfg.encoder:
         raise ValueError(f"{path}: not a run of --loss reg with an --encoder; give one")
     run, net = types.SimpleNamespace(**saved), model.load(path)
     encoder = encoder_features(run, data.dataset(run.data, run.size or None))

@@ -41,6 +41,7 @@ import losses
 import model
 import sample
 from data import option
+from extras import encoders
 from extras.encoders import encoder_features
 from losses import drop_labels, interpolate, sample_times, velocity_target
 
@@ -156,6 +157,7 @@ losses.register("repa", repa, flags=FLAGS, network=projected_network, inputs=enc
 @dataclasses.dataclass
 class Config:
     run: str = option("", "a run folder of --loss repa or reg")
+    encoder: str = option("", "its encoder, named again: FILE.py:NAME")
     n: int = option(64, "training images to look at")
 
 
@@ -165,8 +167,8 @@ def main(argv: list[str] | None = None) -> None:
     if not cfg.run:
         return print(__doc__.strip())
     path = sample.find_checkpoint(cfg.run)
-    saved = model.read_checkpoint(path).get("config", {})
-    if saved.get("loss") not in ("repa", "reg"):
+    saved = vars(encoders.run_settings(path, cfg.encoder))
+    if saved["loss"] not in ("repa", "reg"):
         raise ValueError(f"{path}: a run without alignment; give one of --loss repa or reg")
     run, net = types.SimpleNamespace(**saved), model.load(path, "last").train()  # so that it keeps its tokens
     source, draws = data.dataset(run.data, run.size or None), data.Draws(run.seed, range(cfg.n))

@@ -66,6 +66,8 @@ def check_schedule(entries: dict, cfg: train.Config) -> None:
         unknown = [k for k in settings if k not in names]
         if unknown:
             raise ValueError(f"schedule: {unknown[0]}: expected one of {', '.join(names)}")
+        if step < 0 or settings.get("ema_reload", 1) < 0 or settings.get("d_reload", 1) < 0:
+            raise ValueError(f"schedule: step {step}: {settings}: expected no steps before the first")
         back = settings.get("d_reload", 0)
         if back and not losses.find(cfg.loss).D:
             raise ValueError(f"schedule: d_reload={back}: --loss {cfg.loss} has no discriminator")
@@ -74,7 +76,7 @@ def check_schedule(entries: dict, cfg: train.Config) -> None:
             raise ValueError(f"schedule: d_reload={back}: step {back} is not kept before step {step}; use a "
                              f"step that --keep_every ({cfg.keep_every}) keeps")
     for start in [0, *entries]:
-        losses.find(cfg.loss).check(settings_at(entries, start, cfg)[0])
+        losses.find(cfg.loss).check(data.checked(settings_at(entries, start, cfg)[0]))
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -82,6 +84,7 @@ def check_schedule(entries: dict, cfg: train.Config) -> None:
 # ----------------------------------------------------------------------------------------------------------
 
 
+@data.alone
 def run(cfg: train.Config, text: str) -> dict | None:
     """`train.train` by a schedule: what final.json holds, or None where a signal stopped it."""
     entries, last = read_schedule(text), Path(cfg.out) / "last.pt"

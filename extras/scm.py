@@ -57,7 +57,7 @@ def scm(net, x: Tensor, y: Tensor, draws: data.Draws, cfg) -> tuple[Tensor, dict
 
 losses.register("scm", scm, flags=losses.DATA_STD, network=losses.boundary,
                 alarm=lambda row, first: losses.growth_alarm(row, first, "tangent"),
-                check=lambda cfg: losses.at_least(cfg, 0.001, "data_std"), sampling=losses.consistency_model,
+                sampling=losses.consistency_model,
                 scratch={}, defaults=dict(steps=2000, lr=1e-3, label_drop=0.0, time_mean=-1.0, time_std=1.4,
                               sample_steps=1),
                 points=dict(steps=2500, ema=0.99, data_std=1.1))

@@ -40,14 +40,15 @@ def find(source: str, net: nn.Module, cfg: fid.Config, role: str) -> fid.ImageSe
     if cfg.save_stats and not cfg.save_stats.endswith(".npz"):
         raise ValueError(f"--save_stats {cfg.save_stats}: the name must end in .npz")
     arrays, has_images = read_arrays(source)
+    check_arrays(source, arrays)
     parts = {need: tuple(torch.as_tensor(arrays[name]).double() for name in pair)
              for need, pairs in NAMES.items() for pair in pairs if {*pair} <= {*arrays}}
     if not parts:
         check_files(source, cfg, role)
         return None
 
-    meta = json.loads(str(arrays.get("meta", "{}")))
-    found = fid.ImageSet(source, int(arrays.get("n", 0)) or None, meta.get("size"), parts=parts)
+    meta, n = json.loads(str(arrays.get("meta", "{}"))), int(arrays.get("n", 0))
+    found = fid.ImageSet(source, n or None, meta.get("size"), parts=parts)
     check_made(source, meta, net)
     fid.check_count(source, found.n, cfg.num if role == "generated" else 0)
     if not has_images:
@@ -86,6 +87,22 @@ def write(path: str, images: fid.ImageSet, net: nn.Module) -> None:
 
 
 # ---- 2. What is refused ----
+
+
+def check_arrays(name: str, arrays: dict) -> None:
+    """ValueError unless means, covariances, the count and the words about them can be what `write` wrote."""
+    try:
+        for key, value in arrays.items():
+            if key not in ("n", "meta"):
+                torch.as_tensor(value).double()
+        meta, n = json.loads(str(arrays.get("meta", "{}"))), arrays.get("n", 0)
+        size = meta.get("size")
+        fine = all(type(meta.get(key, "")) is str for key in ("features", "resize")) and n == int(n) >= 0
+        fine = fine and (size is None or [type(side) for side in size] == [int, int])
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        raise ValueError(f"{name}: damaged statistics ({error}); write them again by --save_stats") from None
+    if not fine:
+        raise ValueError(f"{name}: damaged statistics (n {n}, {meta}); write them again by --save_stats")
 
 
 def check_made(name: str, meta: dict, net: nn.Module) -> None:

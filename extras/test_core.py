@@ -20,6 +20,7 @@ import losses
 import model
 import sample
 import train
+from extras import notes
 from extras.gaussians import Mixture
 from test_all import (GaussianMap, REAL, SMALL_SET, TINY, TOY, cafm_loss, checkpoint, double_backward,
                       known_distance, logged, network, on_points, parameters_of, quantile_noise, quick_draws,
@@ -986,5 +987,5 @@ def test_train_alarms(tmp_path, capsys):
     images = data.glyphs(40, 32, 5)[0]
     for share, told in ((1.0, False), (0.7, False), (0.4, True), (0.0, True)):
         alike = share * images + (1 - share) * images[labels]
-        train.warn_of_sameness([(list(range(40)), alike.to(torch.uint8))], labels, source)
+        notes.warn_of_sameness([(list(range(40)), alike.to(torch.uint8))], labels, source)
         assert ("forgets its noise" in capsys.readouterr().err) == told, share

@@ -19,7 +19,7 @@ from test_all import (HERE, network, quantile_noise, quick_draws, raises, run, s
                       tiny_run)
 
 FILES = Path(sde.__file__).parent.glob("*.py")
-NAMES = sorted(path.stem for path in FILES if not path.stem.startswith("test"))
+NAMES = sorted(path.stem for path in FILES if not path.stem.startswith(("test", "__")))
 
 CHILDREN = """
 import importlib, json, os, sys

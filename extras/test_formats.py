@@ -177,7 +177,7 @@ def test_formats_errors_name_the_file_and_the_fix(tmp_path):
             ("broken.zip", "broken.zip", "as EDM writes it"), ("list.zip", "dataset.json"),
             ("none.zip", "no images"), ("short.zip", "no label for 00000/img4.png (2 such"),
             ("label.zip", "label.zip: labels", "-1"),
-            ("damaged.zip", "damaged.zip/00000/img0.png: cannot be read", "repair"),
+            ("damaged.zip", "damaged.zip/00000/img0.png: cannot be read", "write it again"),
             ("x.bin", "3073"), ("y.bin", "3073"), ("z.bin", "label 10"),
             ("a-images-idx3-ubyte", "labels a-labels-idx1-ubyte are missing"),
             ("b-images-idx3-ubyte", "cut short"), ("c-images-idx3-ubyte", "cut short"),
