@@ -84,7 +84,7 @@ def study(cfg: Config) -> None:
             process = subprocess.Popen(command(run, folder / "glyphs.npz", cfg), stdout=subprocess.DEVNULL,
                                        stderr=subprocess.PIPE, text=True)
             try:
-                moment = rng.uniform(0.3, 1.0) * seconds if kills < cfg.kills else None
+                moment = rng.uniform(0.5, 1.0) * seconds if kills < cfg.kills else None
                 errors = process.communicate(timeout=moment)[1]
             except subprocess.TimeoutExpired:
                 process.send_signal(signal.SIGKILL)
