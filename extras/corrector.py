@@ -5,8 +5,8 @@
     python sample.py runs/glyphs --solver corrector            one step after each of ab2, snr 0.16
 
 A solver's error moves the marginal away from p_t; Langevin steps, which keep p_t, pull it back. They cost an
-evaluation each. All flags of sample.py are taken, `--solver` is the predictor. Neighbour: extras/sde.py, where
-noise and drift are in one step.
+evaluation each. All flags of sample.py are taken, `--solver` is the predictor. Neighbour: extras/sde.py,
+where noise and drift are in one step.
 """
 import dataclasses
 import itertools
@@ -23,7 +23,7 @@ from losses import expand_dims
 
 
 def langevin(velocity: typing.Callable, x: Tensor, t: float, y: Tensor, n: Tensor, snr: float) -> Tensor:
-    """A step towards p_t, from x (B, ...) with noise n ~ N(0, I) of its shape (arXiv:2011.13456, Algorithm 5):
+    """A step towards p_t, from x (B, ...) with noise n ~ N(0, I) (arXiv:2011.13456, Algorithm 5):
 
         x + h s + sqrt(2 h) n,   h = 2 (snr |n| / |s|)^2,   score s = -(x + (1 - t) v) / t.
 
@@ -40,7 +40,7 @@ def langevin(velocity: typing.Callable, x: Tensor, t: float, y: Tensor, n: Tenso
 def step_starts(solve: typing.Callable, times: list[float]) -> tuple[list[int], int]:
     """At which of its calls of the velocity a solver begins a step, but the first, and its number of calls.
 
-    Found by a run on a zero: the last call at a time is where a step starts (Heun's method ends one there, too).
+    Found by a run on a zero: the last call at a time is where a step starts (Heun's ends one there, too).
     """
     asked, zero = [], torch.zeros(1, 1)
     draws = types.SimpleNamespace(normal=lambda purpose, shape: zero)
