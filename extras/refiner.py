@@ -1,4 +1,4 @@
-"""FlowTurbo's refiner (arXiv:2409.18128): one block corrects the last velocity instead of asking the flow again.
+"""FlowTurbo's refiner (arXiv:2409.18128): one block corrects the flow's last velocity, in place of a new one.
 
 Velocities change little from step to step. A small network that is given the last one is trained on a frozen
 flow, and takes over the last steps of a schedule such as H1P5R3: one of Heun's method, five of the pseudo

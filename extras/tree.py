@@ -1,0 +1,153 @@
+"""Diffusion tree sampling (arXiv:2506.20701): samples of p(x) exp(scale r(x)), for a reward r of images.
+
+    python train.py --loss classifier --steps 1000 --out runs/judge
+    python -m extras.tree runs/glyphs --verifier runs/judge      beside best-of-N and nearby search: a picture
+
+A tree's branches are ways of the reverse SDE (extras/sde.py) that share beginnings. A way down takes a child
+in proportion to exp(its value), or makes a new one; its reward goes up into the values of all that it passed.
+That samples the tilted density, where searches (extras/search.py) look for the best. The command asks a flow
+without labels for digits: p(x) exp(log p(y | x)) is p(x | y).
+"""
+import bisect
+import dataclasses
+import itertools
+import math
+import typing
+
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+import data
+import fid
+import sample
+from data import option
+from extras import metrics, search
+from extras.classifier import load_classifier
+from extras.sde import sde_step, sde_times
+
+
+class Node:
+    """A state x, the velocity there once it was asked for, and the log of what is known of E exp(scale r)."""
+
+    def __init__(self, x: Tensor | None = None):
+        self.x, self.v, self.children, self.visits, self.value = x, None, [], 0, None
+
+    def update(self) -> None:
+        """Soft Bellman backup: value = log mean exp(value) of the children."""
+        values = [child.value for child in self.children]
+        best, self.visits = max(values), self.visits + 1
+        self.value = best + math.log(sum(math.exp(value - best) for value in values) / len(values))
+
+
+def descend(root: Node, u: list[float], room: typing.Callable) -> list[Node]:
+    """The way down to a node with fewer children than room(node, level), chosen by uniform numbers u."""
+    path = [root]
+    while path[-1].children and len(path[-1].children) >= room(path[-1], len(path) - 1):
+        node = path[-1]
+        shares = list(itertools.accumulate(math.exp(child.value - node.value) for child in node.children))
+        path.append(node.children[bisect.bisect(shares[:-1], u[len(path) - 1] * shares[-1])])
+    return path
+
+
+@torch.no_grad()
+def grow(velocity: typing.Callable, reward: typing.Callable, y: Tensor, steps: int, draws: data.Draws,
+         shape: tuple, budget: int, scale: float = 1.0, wide: float = 1.0, power: float = 0.8) -> Tensor:
+    """A sample (B, *shape) for each label y (B,), by a tree of at most `budget` evaluations of the velocity.
+
+    reward (x, y) -> (B,). A node has room for wide visits^power children, one before the last step. paper: a
+    tree gives many samples; here: one, which depends on (seed, i) only.
+    """
+    times = sde_times(sample.time_grid(steps))
+    roots, spent, k = [Node() for _ in y], [0] * len(y), 0  # roots' children are noises, at times[0]
+    room = lambda node, level: 1 if level == steps else wide * node.visits ** power              # noqa: E731
+    while rows := [i for i in range(len(y)) if spent[i] + steps <= budget]:
+        u = draws.uniform(f"tree {k}", (steps + 1,)).tolist()
+        paths = {i: descend(roots[i], u[i], room) for i in rows}
+        for level, r in enumerate(times):
+            if new := [i for i in rows if len(paths[i]) == level + 1]:
+                nodes, own = [paths[i][-1] for i in new], [draws.positions[i] for i in new]
+                n = data.Draws(draws.seed, own).normal(f"tree {k} {level}", shape).to(y.device)
+                for i, node, x in zip(new, nodes, step(velocity, nodes, y[new], times[level - 1], r, n)):
+                    spent[i] += level > 0 and len(node.children) == 0
+                    node.children.append(Node(x))
+                    paths[i].append(node.children[-1])
+        found = scale * reward(torch.stack([paths[i][-1].x for i in rows]), y[rows])
+        for i, value in zip(rows, found.tolist()):
+            paths[i][-1].value = value
+            for node in reversed(paths[i][:-1]):
+                node.update()
+        k += 1
+    u = draws.uniform("tree's sample", (steps + 1,)).tolist()
+    return torch.stack([descend(root, u[i], lambda *_: 0)[-1].x for i, root in enumerate(roots)])
+
+
+def step(velocity: typing.Callable, nodes: list[Node], y: Tensor, t: float, r: float, n: Tensor) -> Tensor:
+    """Children at time r of nodes at t, by noise n (B, ...); of roots this noise. A node is asked once."""
+    if nodes[0].x is None:
+        return n
+    if ask := [i for i, node in enumerate(nodes) if node.v is None]:
+        for i, v in zip(ask, velocity(torch.stack([nodes[i].x for i in ask]), t, y[ask])):
+            nodes[i].v = v
+    x, v = (torch.stack([getattr(node, name) for node in nodes]) for name in "xv")
+    return sde_step(x, v, t, r, n)
+
+
+@dataclasses.dataclass
+class Config:
+    checkpoint: str = option("", "a run of a flow that knows a null label")
+    verifier: str = option("", "a run of --loss classifier; the reward is its log p(y | x)")
+    n: int = option(300, "samples of each method and budget")
+    steps: int = option(10, "steps of a way from noise to data")
+    budgets: str = option("10,20,40,80", "evaluations of the network for a sample")
+    out: str = option("tree.png", "the picture to write")
+
+
+def compared(cfg: Config, net, reward: typing.Callable, budget: int) -> dict:
+    """Name -> (y, draws) -> samples; searches make theirs by ab2, which is better in few steps."""
+    velocity, null = sample.guided(net), lambda y: torch.full_like(y, net.num_classes)
+    blind, shape = lambda x, t, y: velocity(x, t, null(y)), net.shape
+    make, tries = lambda e, y: sample.sample(net, e, null(y), cfg.steps, "ab2"), budget // cfg.steps
+    return {"best of N": lambda y, draws: make(search.best_of(tries, make, reward, y, draws, shape), y),
+            "nearby": lambda y, draws: make(search.search_nearby(
+                tries - 1, 0.5, draws.normal("sample noise", shape), make, reward, y, draws), y),
+            "tree": lambda y, draws: grow(blind, reward, y, cfg.steps, draws, shape, budget)}
+
+
+def draw(rows: list[tuple], out: str) -> None:
+    """Reward and recall by the logarithm of evaluations, from rows (method, evaluations, reward, recall)."""
+    sheet = Image.new("RGB", (640, 250), "white")
+    pen, colours = ImageDraw.Draw(sheet), {"best of N": "#1f5fbf", "nearby": "#2f8f4e", "tree": "#c2410c"}
+    for left, column, title in ((20, 2, "reward"), (340, 3, "recall")):
+        low, *_, high = sorted(row[column] for row in rows)
+        pen.text((left, 4), f"{title}, {low:.2f} to {high:.2f}", fill="black")
+        for k, (name, colour) in enumerate(colours.items()):
+            own = [(math.log2(row[1] / rows[0][1]), row[column]) for row in rows if row[0] == name]
+            pen.line([(left + 60 * a, 225 - 200 * (b - low) / (high - low)) for a, b in own], colour, 2)
+            pen.text((left + 90 * k, 234), name, fill=colour)
+    sheet.save(out)
+
+
+@torch.no_grad()
+def main(argv: list[str] | None = None) -> None:
+    cfg = data.parse(Config, argv, __doc__, ("checkpoint",))
+    net, gn = sample.load(cfg.checkpoint, sample.Config(), "cpu"), fid.glyph_net()
+    C, labels = load_classifier(cfg.verifier, net, "--verifier"), sample.labels_for(cfg.n, net.num_classes)
+    reward = lambda x, y: -F.cross_entropy(C(x, x.new_zeros(len(x))), y, reduction="none")       # noqa: E731
+    features = lambda images: torch.cat([gn.extract(x)["features"] for x in images.split(500)])  # noqa: E731
+    real, parts, rows = features(data.glyphs(cfg.n, seed=1)[0]), torch.arange(cfg.n).split(50), []
+    print(f"{'method':>10} {'evaluations':>12} {'reward':>8} {'recall':>7} {'accuracy':>9} {'FD-glyphs':>10}")
+    for name, budget in itertools.product(("best of N", "nearby", "tree"), map(int, cfg.budgets.split(","))):
+        method = compared(cfg, net, reward, budget)[name]
+        x = torch.cat([method(labels[part], data.Draws(0, part.tolist())) for part in parts])
+        s = fid.score_glyphs(data.to_uint8(x), labels)
+        recall = metrics.neighbour_scores(real, features(data.to_uint8(x)))["recall"]
+        rows.append((name, budget, reward(x, labels).mean().item(), recall))
+        print("{:>10} {:>12} {:>8.3f} {:>7.2f} {accuracy:>9.3f} {fd_glyphs:>10.1f}".format(*rows[-1], **s))
+    draw(rows, cfg.out)
+    print(f"wrote {cfg.out}")
+
+
+if __name__ == "__main__":
+    data.run_cli(main)
