@@ -124,7 +124,7 @@ def draw(rows: list[tuple], out: str) -> None:
         pen.text((left, 4), f"{title}, {low:.2f} to {high:.2f}", fill="black")
         for k, (name, colour) in enumerate(colours.items()):
             own = [(math.log2(row[1] / rows[0][1]), row[column]) for row in rows if row[0] == name]
-            pen.line([(left + 60 * a, 225 - 200 * (b - low) / (high - low)) for a, b in own], colour, 2)
+            pen.line([(left + 60 * a, 225 - 200 * (b - low) / (high - low or 1)) for a, b in own], colour, 2)
             pen.text((left + 90 * k, 234), name, fill=colour)
     sheet.save(out)
 
