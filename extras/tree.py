@@ -5,8 +5,7 @@
 
 A tree's branches are ways of the reverse SDE (extras/sde.py) that share beginnings. A way down takes a child
 in proportion to exp(its value), or makes a new one; its reward goes up into the values of all that it passed.
-That samples the tilted density, where searches (extras/search.py) look for the best. The command asks a flow
-without labels for digits: p(x) exp(log p(y | x)) is p(x | y).
+Searches (extras/search.py) look for the best. The command's p(x) knows no labels, its reward is log p(y | x).
 """
 import bisect
 import dataclasses
@@ -27,6 +26,8 @@ from extras import metrics, search
 from extras.classifier import load_classifier
 from extras.sde import sde_step, sde_times
 
+METHODS = {"best of N": "#1f5fbf", "nearby": "#2f8f4e", "tree": "#c2410c"}  # and their colours
+
 
 class Node:
     """A state x, the velocity there once it was asked for, and the log of what is known of E exp(scale r)."""
@@ -44,8 +45,7 @@ class Node:
 def descend(root: Node, u: list[float], room: typing.Callable) -> list[Node]:
     """The way down to a node with fewer children than room(node, level), chosen by uniform numbers u."""
     path = [root]
-    while path[-1].children and len(path[-1].children) >= room(path[-1], len(path) - 1):
-        node = path[-1]
+    while (node := path[-1]).children and len(node.children) >= room(node, len(path) - 1):
         shares = list(itertools.accumulate(math.exp(child.value - node.value) for child in node.children))
         path.append(node.children[bisect.bisect(shares[:-1], u[len(path) - 1] * shares[-1])])
     return path
@@ -73,9 +73,8 @@ def grow(velocity: typing.Callable, reward: typing.Callable, y: Tensor, steps: i
                     spent[i] += level > 0 and len(node.children) == 0
                     node.children.append(Node(x))
                     paths[i].append(node.children[-1])
-        found = scale * reward(torch.stack([paths[i][-1].x for i in rows]), y[rows])
-        for i, value in zip(rows, found.tolist()):
-            paths[i][-1].value = value
+        for i, value in zip(rows, reward(torch.stack([paths[i][-1].x for i in rows]), y[rows]).tolist()):
+            paths[i][-1].value = scale * value
             for node in reversed(paths[i][:-1]):
                 node.update()
         k += 1
@@ -90,8 +89,7 @@ def step(velocity: typing.Callable, nodes: list[Node], y: Tensor, t: float, r: f
     if ask := [i for i, node in enumerate(nodes) if node.v is None]:
         for i, v in zip(ask, velocity(torch.stack([nodes[i].x for i in ask]), t, y[ask])):
             nodes[i].v = v
-    x, v = (torch.stack([getattr(node, name) for node in nodes]) for name in "xv")
-    return sde_step(x, v, t, r, n)
+    return sde_step(*(torch.stack([getattr(node, name) for node in nodes]) for name in "xv"), t, r, n)
 
 
 @dataclasses.dataclass
@@ -117,12 +115,11 @@ def compared(cfg: Config, net, reward: typing.Callable, budget: int) -> dict:
 
 def draw(rows: list[tuple], out: str) -> None:
     """Reward and recall by the logarithm of evaluations, from rows (method, evaluations, reward, recall)."""
-    sheet = Image.new("RGB", (640, 250), "white")
-    pen, colours = ImageDraw.Draw(sheet), {"best of N": "#1f5fbf", "nearby": "#2f8f4e", "tree": "#c2410c"}
+    pen = ImageDraw.Draw(sheet := Image.new("RGB", (640, 250), "white"))
     for left, column, title in ((20, 2, "reward"), (340, 3, "recall")):
         low, *_, high = sorted(row[column] for row in rows)
         pen.text((left, 4), f"{title}, {low:.2f} to {high:.2f}", fill="black")
-        for k, (name, colour) in enumerate(colours.items()):
+        for k, (name, colour) in enumerate(METHODS.items()):
             own = [(math.log2(row[1] / rows[0][1]), row[column]) for row in rows if row[0] == name]
             pen.line([(left + 60 * a, 225 - 200 * (b - low) / (high - low or 1)) for a, b in own], colour, 2)
             pen.text((left + 90 * k, 234), name, fill=colour)
@@ -138,13 +135,13 @@ def main(argv: list[str] | None = None) -> None:
     features = lambda images: torch.cat([gn.extract(x)["features"] for x in images.split(500)])  # noqa: E731
     real, parts, rows = features(data.glyphs(cfg.n, seed=1)[0]), torch.arange(cfg.n).split(50), []
     print(f"{'method':>10} {'evaluations':>12} {'reward':>8} {'recall':>7} {'accuracy':>9} {'FD-glyphs':>10}")
-    for name, budget in itertools.product(("best of N", "nearby", "tree"), map(int, cfg.budgets.split(","))):
+    for name, budget in itertools.product(METHODS, map(int, cfg.budgets.split(","))):
         method = compared(cfg, net, reward, budget)[name]
         x = torch.cat([method(labels[part], data.Draws(0, part.tolist())) for part in parts])
-        s = fid.score_glyphs(data.to_uint8(x), labels)
-        recall = metrics.neighbour_scores(real, features(data.to_uint8(x)))["recall"]
-        rows.append((name, budget, reward(x, labels).mean().item(), recall))
-        print("{:>10} {:>12} {:>8.3f} {:>7.2f} {accuracy:>9.3f} {fd_glyphs:>10.1f}".format(*rows[-1], **s))
+        images, liked = data.to_uint8(x), reward(x, labels).mean().item()
+        rows.append((name, budget, liked, metrics.neighbour_scores(real, features(images))["recall"]))
+        print("{:>10} {:>12} {:>8.3f} {:>7.2f} {accuracy:>9.3f} {fd_glyphs:>10.1f}".format(
+            *rows[-1], **fid.score_glyphs(images, labels)), flush=True)
     draw(rows, cfg.out)
     print(f"wrote {cfg.out}")
 
