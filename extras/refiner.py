@@ -8,7 +8,7 @@ corrector, three of the refiner.
     python -m extras.refiner runs/refiner --schedules P8,P5R3,H1P4R3          scores, times, a picture
 
 The pseudo corrector is Adams-Bashforth (`sample.ab2`; on a uniform grid the same numbers), so P8 is ab2 in
-eight steps. The flow is not guided.
+eight steps. The flow is not guided. On glyphs it does not pay: P6R2 has FD-glyphs 20.5, P6 19.8, P8 12.8.
 """
 import dataclasses
 import re
@@ -91,7 +91,10 @@ losses.register("refiner", refiner, flags=FLAGS, check=check, draws_images=False
 
 
 def scheduled(schedule: str, net) -> typing.Callable:
-    """A solver of these steps, for a time grid of as many: H Heun's, P Adams-Bashforth's, R the refiner's."""
+    """A solver of these steps, for a grid of as many: H Heun's, P Adams-Bashforth's, R the same by the refiner.
+
+    paper: R are Euler steps; here: as P, which is better on glyphs.
+    """
     if not re.fullmatch(r"(?!R)([HPR][1-9]\d*)+", schedule):
         raise ValueError(f"schedule {schedule}: expected something like H1P5R3, which does not begin with R")
     kinds = "".join(kind * int(n) for kind, n in re.findall(r"(.)(\d+)", schedule))
@@ -102,10 +105,10 @@ def scheduled(schedule: str, net) -> typing.Callable:
             h = r - t
             v = net(x, x.new_full((len(x),), t), y, last_v) if kind == "R" else velocity(x, t, y)
             slope = v
-            if kind == "P" and last_v is not None:
-                slope = v + h / (2 * last_h) * (v - last_v)
-            elif kind == "H" and r > 0:
+            if kind == "H" and r > 0:
                 slope = (v + velocity(x + h * v, r, y)) / 2
+            elif kind != "H" and last_v is not None:
+                slope = v + h / (2 * last_h) * (v - last_v)
             x, last_v, last_h = x + h * slope, v, h
         return x
 
