@@ -6,8 +6,8 @@
 
 A solver's error moves the marginal away from p_t; Langevin steps, which keep p_t, pull it back. They cost an
 evaluation each. All flags of sample.py are taken, `--solver` is the predictor. Neighbour: extras/sde.py,
-where noise and drift are in one step. On glyphs it does not pay: FD-glyphs 5.3 in 25 evaluations, 13 of ab2's,
-against ab2's own 4.3 (extras/README.md).
+where noise and drift are in one step. On glyphs it does not pay: FD-glyphs 5.3 in 25 evaluations, 13 of
+ab2's, against ab2's own 4.3 (extras/README.md).
 """
 import dataclasses
 import itertools

@@ -91,9 +91,9 @@ losses.register("refiner", refiner, flags=FLAGS, check=check, draws_images=False
 
 
 def scheduled(schedule: str, net) -> typing.Callable:
-    """A solver of these steps, for a grid of as many: H Heun's, P Adams-Bashforth's, R the same by the refiner.
+    """A solver of these steps, for a grid of as many: H Heun's, P Adams-Bashforth's, R as P by the refiner.
 
-    paper: R are Euler steps; here: as P, which is better on glyphs.
+    paper: R are Euler steps; here: as P, which is a little better on glyphs.
     """
     if not re.fullmatch(r"(?!R)([HPR][1-9]\d*)+", schedule):
         raise ValueError(f"schedule {schedule}: expected something like H1P5R3, which does not begin with R")

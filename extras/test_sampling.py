@@ -233,7 +233,7 @@ def test_tree_command(tmp_path, capsys):
     for name, loss in (("fm", "fm"), ("judge", "classifier")):
         train.train(tiny_run(tmp_path / name, loss, steps=2))
     capsys.readouterr()
-    flags = [str(tmp_path / "fm"), *f"--n 10 --each 2 --steps 3 --budgets 3,9 --out {tmp_path / 'tree.png'}".split()]
+    flags = f"{tmp_path}/fm --n 10 --each 2 --steps 3 --budgets 3,9 --out {tmp_path}/tree.png".split()
     tree.main([*flags, "--verifier", str(tmp_path / "judge")])
     told = capsys.readouterr().out
     assert all(told.count(name) == 2 for name in ("best of N", "nearby")) and "wrote" in told
