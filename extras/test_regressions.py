@@ -25,7 +25,7 @@ from extras.gaussians import FOUR_MODES, Mixture, exact_velocity
 from extras.test_core import (TWO_MODES, ByLabel, Given, Weighted, assert_composition, assert_same_loss,
                               of_velocity, one_step_case, oracle_gradient, standard_errors, wrong_maps)
 from test_all import (HERE, SMALL_SET, GaussianMap, assert_close_runs, assert_same_state, checkpoint,
-                      error_of, in_float64, network, on_points, raises, tiny, tiny_run)
+                      error_of, in_float64, network, on_points, raises, save_tiny, tiny, tiny_run)
 
 # ---- pafm ----
 
@@ -568,15 +568,17 @@ def test_mixture_run_alone_writes_the_picture(tmp_path, capsys, monkeypatch):
 
 # ---- Runs ----
 
+SMALL_FLOW = tiny(lambda _: model.create("tiny", predict="v"))
 OWN = {"pafm": dict(candidates=3, bank=8), "carflow": {},
        "imf": dict(head=1, omega_max=4.0, time_mean=-0.4, p=0.5),
        "soflow": dict(jumps=0.5, kappa=0.5), "shortcut": dict(jumps=0.5, omega=2.0), "scm": {},
-       "meanflow_guided": dict(jumps=0.5, omega=0.8, kappa=0.4)}
+       "meanflow_guided": dict(jumps=0.5, omega=0.8, kappa=0.4),
+       "refiner": dict(flow=str(save_tiny(SMALL_SET.with_name("flow.pt"), SMALL_FLOW)))}
 # (processes, accumulation, how they share a network). soflow's steps are of two images, so that a process may
 # have no jump; carflow's sharded blocks are checkpointed; pafm and shortcut call networks as others do.
-SPLITS = dict.fromkeys(("pafm", "carflow", "meanflow_guided"), [(2, 2, "replicated")])
+SPLITS = dict.fromkeys(("pafm", "carflow", "meanflow_guided", "refiner"), [(2, 2, "replicated")])
 SPLITS |= dict.fromkeys(("imf", "soflow", "shortcut", "scm"), [(2, 1, "replicated")])
-for name in ("carflow", "imf", "soflow", "scm", "meanflow_guided"):
+for name in ("carflow", "imf", "soflow", "scm", "meanflow_guided", "refiner"):
     SPLITS[name] = [*SPLITS[name], (2, SPLITS[name][0][1], "shard")]
 
 
@@ -626,7 +628,7 @@ def test_two_processes_equal_one(tmp_path, two_process_runs, loss):
         assert_close_runs(whole, folder / f"{loss} {processes} {accumulation} {sharing}")
 
 
-@pytest.mark.parametrize("loss", ["pafm", "imf"])
+@pytest.mark.parametrize("loss", ["pafm", "imf", "refiner"])
 def test_resume_is_bitwise(tmp_path, loss):
     """10 steps, and 5 + resume + 5, give the same weights, averages and optimizers bit for bit."""
     a, b = tmp_path / "a", tmp_path / "b"
