@@ -378,7 +378,7 @@ def test_latents_encode(tmp_path, capsys):
     assert torch.equal(data.dataset(str(tmp_path / "out")).item(5)[0], ds.item(5)[0])
     raises(lambda: latents.main([*flags, "--shard", "5"]), "begun with shard 4, not 5", "new folder")
     raises(lambda: latents.main([*flags, "--size", "36"]), "--size 36", "multiple of 8")
-    raises(lambda: latents.main([*flags, "--batch", "0"]), "--batch 0", "at least 1")
+    raises(lambda: latents.main([*flags, "--batch", "0"]), "--batch 0", "expected 1 to")
     raises(lambda: latents.main([flags[1], str(tmp_path / "b"), *flags[2:]]), "out: holds latents")
     raises(lambda: latents.main([]), "usage")
     raises(lambda: data.dataset(str(tmp_path / "out"), 64), "encoded at --size 32, not 64", "--size 0")
