@@ -1,0 +1,126 @@
+"""SIM: a flow becomes a generator of one step, without data (score implicit matching, arXiv:2410.16794).
+
+Beside `afm` in losses.py: here, too, a second network judges samples, but it is no discriminator. It is the
+flow of the samples themselves, trained on them beside the generator; where it and the frozen flow of --init
+disagree, samples move towards the latter. `dmd` (dmd.py) is its neighbour. The data are never looked at.
+
+    python train.py --loss sim --init runs/glyphs --out runs/sim
+    python sample.py runs/sim --n 100
+
+On glyphs: extras/README.md.
+"""
+import torch
+from torch import Tensor
+
+import data
+import losses
+import model
+import sample
+from data import option
+from losses import expand_dims, interpolate, sample_times, velocity_target
+
+
+def sim_D(D, x: Tensor, y: Tensor, draws: data.Draws, cfg, G) -> tuple[Tensor, dict]:
+    """The flow of the samples: flow matching on them, E |v_D(x_t, t, y) - (n - g)|^2, noise n, sample g."""
+    with torch.no_grad():
+        g, y = generated(G, x, draws)
+    x_t, n, t = noised(g, draws, cfg)
+
+    loss = (D(x_t, t, y) - velocity_target(D, g, n, x_t, t)).square().mean()
+    return loss, {"deviation": g.std(0).mean()}
+
+
+def sim_G(G, x: Tensor, y: Tensor, draws: data.Draws, cfg, D, T) -> tuple[Tensor, dict]:
+    """The generator, score implicit matching:  -E w(t) <d / (|d|^2 + c^2)^(1/2), s_D - grad log q(x_t | g)>
+
+    with d = s_D - s_T, the scores s = -(x_t + (1 - t) v) / t of the samples' flow D and of the frozen flow T
+    at x_t = (1 - t) g + t n, q(x_t | g) = N((1 - t) g, t^2)   (arXiv:2410.16794). D and T have constant
+    weights, but gradients go through x_t: the loss's is that of E w (|d|^2 + c^2)^(1/2), the distance of the
+    two scores. The other sign runs away from T. |.|: means over pixels. w: see `weight`.
+
+    paper: a generator of EDM's times, which starts as the teacher at noise of scale 2.5; here: `start`.
+    """
+    g, y = generated(G, x, draws)
+    x_t, n, t = noised(g, draws, cfg)
+
+    v_D, v_T = D(x_t, t, y), T(x_t, t, y)
+
+    k = expand_dims((1 - t) / t, x)
+    d, error = k * (v_T - v_D), k * (n - g - v_D)
+    size = (d.square().flatten(1).mean(1) + cfg.c ** 2).sqrt()
+    loss = -(weight(t) * (d * error).flatten(1).mean(1) / size).mean()
+    return loss, {"difference": (v_T - v_D).square().mean(), "deviation": g.std(0).mean()}
+
+
+def weight(t: Tensor) -> Tensor:
+    """w(t) = t^2 / (1 - t), by which an error of scores is that of the clean images E[x | x_t]."""
+    return t ** 2 / (1 - t)
+
+
+def generated(G, x: Tensor, draws) -> tuple[Tensor, Tensor]:
+    """Samples of the shape of x, by the jump from noise to data, and labels for them, drawn as well."""
+    y = (draws.uniform("label of the sample") * G.num_classes).long().to(x.device)
+    e, one = draws.normal("noise", x.shape[1:]), x.new_ones(len(x))
+    return losses.jump(G, e, one, 0 * one, y), y
+
+
+def noised(g: Tensor, draws, cfg) -> tuple[Tensor, Tensor, Tensor]:
+    """x_t, its noise and t, at times that neither have nothing left of the samples nor of the noise."""
+    t = sample_times(draws, cfg).clamp(0.02, 0.98)
+    n = draws.normal("noise of the samples", g.shape[1:])
+    return interpolate(g, n, t), n, t
+
+
+# ---- What the loop knows of it ----
+
+
+class Start(model.Part):
+    """A generator without times that starts as the flow's E[x | x_t] where x_t = start e, at t = start.
+
+    Noise alone (start = 1) tells a flow next to nothing, and it answers with the mean of the class."""
+    generator_only = True
+
+    def __init__(self, start: float, **config):
+        super().__init__(**config)
+        self.config |= dict(start=start)
+        self.start = start
+
+    def embed(self, x: Tensor) -> Tensor:
+        return super().embed(self.start * x)
+
+    def inherit(self, given: model.DiT, at: float = 1.0) -> dict:
+        return super().inherit(given, self.start)
+
+
+def frozen(cfg, net=None) -> model.DiT:
+    """The flow of --init, with averaged weights that nothing changes, on the device of `net`."""
+    T = model.load(sample.find_checkpoint(cfg.init)).requires_grad_(False)
+    if T.times != 1:
+        raise ValueError(f"--init {cfg.init}: a network of {T.times} times; --loss {cfg.loss} needs a flow")
+    if net is not None:
+        T.to(net.pos_embed.device).amp = net.amp
+    return T
+
+
+def check(cfg) -> None:
+    if not cfg.init:
+        raise ValueError(f"--loss {cfg.loss}: which flow is it to learn from? give --init RUN")
+    losses.at_least(cfg, 1, "d_steps")
+
+
+def inputs(role: str, cfg, source, net) -> tuple:
+    return (frozen(cfg, net),) if role == "G" else ()
+
+
+FLAGS = dict(start=option(0.7, "the generator starts as the flow at this time"),
+             d_lr=option(1e-3, "learning rate of the samples' flow; 0: the same"),
+             d_warmup=option(100, "steps of the samples' flow alone before the generator's first"),
+             d_steps=option(1, "steps of the samples' flow for one of the generator"))
+SHARED = dict(turn=losses.cafm_turn, inputs=inputs, check=check, sampling=lambda cfg: losses.flow_map(cfg) | dict(steps=1),
+              discriminator=lambda cfg, G: frozen(cfg).requires_grad_(True),
+              network=lambda cfg, source: dict(times=0, parts=["sim.Start"], start=cfg.start),
+              defaults=dict(steps=3000, lr=2e-4, beta1=0.0, ema=0.99, decay="constant", time_mean=0.0, time_std=1.0,
+                            label_drop=0.0))
+
+losses.register("sim", sim_G, sim_D, flags=FLAGS | dict(
+    c=option(0.01, "scores that differ by less count by their square")), **SHARED)
