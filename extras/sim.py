@@ -15,8 +15,8 @@ from torch import Tensor
 import data
 import losses
 import model
-import sample
 from data import option
+from extras.distill import frozen
 from losses import expand_dims, interpolate, sample_times, velocity_target
 
 
@@ -90,16 +90,6 @@ class Start(model.Part):
 
     def inherit(self, given: model.DiT, at: float = 1.0) -> dict:
         return super().inherit(given, self.start)
-
-
-def frozen(cfg, net=None) -> model.DiT:
-    """The flow of --init, with averaged weights that nothing changes, on the device of `net`."""
-    T = model.load(sample.find_checkpoint(cfg.init)).requires_grad_(False)
-    if T.times != 1:
-        raise ValueError(f"--init {cfg.init}: a network of {T.times} times; --loss {cfg.loss} needs a flow")
-    if net is not None:
-        T.to(net.pos_embed.device).amp = net.amp
-    return T
 
 
 def check(cfg) -> None:

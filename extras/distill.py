@@ -1,0 +1,143 @@
+"""Guided distillation (arXiv:2210.03142): a flow learns its own guided version, then to take fewer steps.
+
+The network is conditioned on the guidance scale w (`imf.Guidance`) and gives for any w of a range in one
+evaluation what guidance takes two for. Then, progressively, N of its jumps learn what twice as many steps of
+the network before do. Neighbour in the core: fm, whose targets are noisy; these are another network's.
+
+    python train.py --loss distill --init runs/glyphs --out runs/guided
+    python sample.py runs/guided --n 100 --steps 20 --guidance 3
+    python -m extras.distill runs/guided --out runs/halved          8, 4, 2 and 1 jumps, each from the one before
+    python sample.py runs/halved/2 --n 100 --guidance 3
+
+On glyphs: extras/README.md.
+"""
+import dataclasses
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import data
+import losses
+import model
+import sample
+import train
+from data import option
+from losses import expand_dims, interpolate, sample_times
+
+# ---- 1. The objective ----
+
+
+def distill(net, x: Tensor, y: Tensor, draws: data.Draws, cfg, T, grid=None) -> tuple[Tensor, dict]:
+    """Guided distillation: E |u(x_t, t, w) - target|^2, w ~ U(1, omega_max), for a frozen network T
+
+    (arXiv:2210.03142, Eq. 2, Algorithms 1, 2). --nfe 0: u is T's guided velocity. --nfe N: jumps of 1 / N,
+    and the target is the average velocity of the steps of T on that way; `grid` (N, steps + 1) has its times.
+
+    paper: w = 0 is no guidance, here 1; an error of the image times max(SNR, 1), here of the velocity, which
+    for a network that predicts x is that error over max(t, t_min)^2.
+    """
+    w = 1 + (cfg.omega_max - 1) * draws.uniform("guidance scale")
+    if cfg.nfe:
+        times = grid.to(x.device)[(cfg.nfe * draws.uniform("time")).long()].T                     # (steps + 1, B)
+    else:
+        times = sample_times(draws, cfg)[None]
+    t = times[0]
+
+    e = draws.normal("noise", x.shape[1:])
+    x_t = interpolate(x, e, t)
+
+    with torch.no_grad():
+        target = average_velocity(T, x_t, times, y, w) if cfg.nfe else guided_velocity(T, x_t, t, y, w)
+
+    return (net(x_t, t, y, t, w) - target).square().mean(), {}
+
+
+def guided_velocity(T, x_t: Tensor, t: Tensor, y: Tensor, w: Tensor) -> Tensor:
+    """v_null + w (v - v_null) of a flow T; a network conditioned on w gives it itself."""
+    if T.guidance_conditioned:
+        return T(x_t, t, y, t, w)
+    pairs = (x_t, x_t), (t, t), (y, torch.full_like(y, T.num_classes))
+    v, v_null = T(*map(torch.cat, pairs)).chunk(2)
+    return v_null + expand_dims(w, v) * (v - v_null)
+
+
+def average_velocity(T, x_t: Tensor, times: Tensor, y: Tensor, w: Tensor) -> Tensor:
+    """(x_t - x_r) / (t - r) of Euler steps of T over times (steps + 1, B), from t to r.
+
+    A flow is guided where the commands guide it, `sample.INTERVAL`; jumps have learned where."""
+    low, high = (0.0, 1.0) if T.jumps else sample.INTERVAL
+    x = x_t
+    for t, r in zip(times, times[1:]):
+        v = guided_velocity(T, x, t, y, torch.where((t >= low) & (t <= high), w, 1.0))
+        x = x - expand_dims(t - r, x) * v
+    return (x_t - x) / expand_dims(times[0] - times[-1], x)
+
+
+# ---- 2. What the loop knows of it ----
+
+
+def frozen(cfg, net=None) -> model.DiT:
+    """The network of --init, with averaged weights that nothing changes; `jumps`: how many it makes, or 0."""
+    path = sample.find_checkpoint(cfg.init)
+    T = model.load(path).requires_grad_(False)
+    T.jumps = sample.own_settings(path)[0].get("steps", 0)
+    if T.times != 1:
+        raise ValueError(f"--init {cfg.init}: a network of {T.times} times; --loss {cfg.loss} needs a flow")
+    if net is not None:
+        T.to(net.pos_embed.device).amp = net.amp
+    return T
+
+
+def inputs(role: str, cfg, source, net) -> tuple:
+    T = frozen(cfg, net)
+    if not (T.null_class or T.guidance_conditioned):
+        raise ValueError(f"--init {cfg.init}: a flow without a null label has no guidance to learn")
+    steps = T.jumps or cfg.flow_steps
+    if cfg.nfe and steps % cfg.nfe or T.jumps and not cfg.nfe:
+        raise ValueError(f"--nfe {cfg.nfe}: {steps} steps of --init {cfg.init} are no multiple of it")
+    if not cfg.nfe:
+        return T,
+    times = 1 - torch.arange(steps + 1) / steps
+    times[times < T.t_min] = 0.0  # as in sampling: from below t_min a step would leave noise
+    return T, torch.stack([times[k:k + steps // cfg.nfe + 1] for k in range(0, steps, steps // cfg.nfe)])
+
+
+def check(cfg) -> None:
+    if not cfg.init:
+        raise ValueError(f"--loss {cfg.loss}: which flow is it to learn from? give --init RUN")
+    losses.at_least(cfg, 0, "nfe")
+    losses.at_least(cfg, 1, "omega_max")
+
+
+FLAGS = dict(omega_max=option(4.0, "largest guidance scale; the smallest is 1, none"),
+             nfe=option(0, "jumps from noise to data, that many in all; 0: a velocity"),
+             flow_steps=option(32, "--nfe: Euler steps that a flow takes, a multiple of it"))
+
+losses.register("distill", distill, flags=FLAGS, inputs=inputs, check=check,
+                network=lambda cfg, source: dict(parts=["imf.Guidance"]),
+                sampling=lambda cfg: dict(steps=cfg.nfe, solver="euler") if cfg.nfe else {},
+                defaults=dict(steps=2000, lr=1e-3, label_drop=0.0))
+
+
+@dataclasses.dataclass
+class Config:
+    checkpoint: str = option("runs/guided", "a run of --loss distill, or a flow")
+    jumps: str = option("8,4,2,1", "numbers of jumps, each learned from the one before")
+    steps: int = option(1000, "optimizer steps of each")
+    out: str = option("runs/halved", "the folder of the runs, one a number")
+
+
+def main(argv: list[str] | None = None) -> None:
+    cfg = data.parse(Config, argv, "Fewer and fewer jumps.", ("checkpoint",))
+    teacher = cfg.checkpoint
+    for jumps in cfg.jumps.split(","):
+        out = Path(cfg.out, jumps)
+        go_on = ["--resume"] if (out / "last.pt").exists() else []
+        train.main(["--loss", "distill", "--init", teacher, "--nfe", jumps, "--steps", str(cfg.steps), "--out",
+                    str(out), *go_on])
+        teacher = str(out)
+
+
+if __name__ == "__main__":
+    data.run_cli(main)
