@@ -25,7 +25,8 @@ from extras.benchmark import in_turn, peak_megabytes
 
 FREE = dict(encoder=f"{__file__}:free_encoder")
 VARIANTS = {"cafm_routes": {"forward": dict(route="forward"), "finite": dict(route="finite")},
-            "repa": {"": FREE}, "reg": {"": FREE}}  # where one row, with the default settings, is not enough
+            "repa": {"": FREE}, "reg": {"": FREE},  # where one row, with the default settings, is not enough
+            "distill": {}, "sim": {}, "dmd": {}}    # none without a flow to start from
 
 
 def all_objectives() -> list[str]:

@@ -12,6 +12,7 @@ the network before do. Neighbour in the core: fm, whose targets are noisy; these
 On glyphs: extras/README.md.
 """
 import dataclasses
+import sys
 from pathlib import Path
 
 import torch
@@ -82,8 +83,9 @@ def frozen(cfg, net=None) -> model.DiT:
     path = sample.find_checkpoint(cfg.init)
     T = model.load(path).requires_grad_(False)
     T.jumps = sample.own_settings(path)[0].get("steps", 0)
-    if T.times != 1:
-        raise ValueError(f"--init {cfg.init}: a network of {T.times} times; --loss {cfg.loss} needs a flow")
+    if T.times != 1 or T.jumps and cfg.loss != "distill":
+        raise ValueError(f"--init {cfg.init}: a network of {T.times} times and {T.jumps} jumps; --loss "
+                         f"{cfg.loss} needs a flow")
     if net is not None:
         T.to(net.pos_embed.device).amp = net.amp
     return T
@@ -120,23 +122,19 @@ losses.register("distill", distill, flags=FLAGS, inputs=inputs, check=check,
                 defaults=dict(steps=2000, lr=1e-3, label_drop=0.0))
 
 
-@dataclasses.dataclass
-class Config:
-    checkpoint: str = option("runs/guided", "a run of --loss distill, or a flow")
-    jumps: str = option("8,4,2,1", "numbers of jumps, each learned from the one before")
-    steps: int = option(1000, "optimizer steps of each")
-    out: str = option("runs/halved", "the folder of the runs, one a number")
-
-
 def main(argv: list[str] | None = None) -> None:
-    cfg = data.parse(Config, argv, "Fewer and fewer jumps.", ("checkpoint",))
-    teacher = cfg.checkpoint
-    for jumps in cfg.jumps.split(","):
-        out = Path(cfg.out, jumps)
-        go_on = ["--resume"] if (out / "last.pt").exists() else []
-        train.main(["--loss", "distill", "--init", teacher, "--nfe", jumps, "--steps", str(cfg.steps), "--out",
-                    str(out), *go_on])
-        teacher = str(out)
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0].startswith("-"):
+        return print(__doc__.strip())
+    cfg = train.read_settings(["--loss", "distill", "--init", *argv], steps=1000, out="runs/halved", nfe=8)
+    teacher, jumps = cfg.init, cfg.nfe
+    while jumps:
+        out = Path(cfg.out, str(jumps))
+        own = dict(init=teacher, nfe=jumps, out=str(out), resume=(out / "last.pt").exists())
+        if train.train(dataclasses.replace(cfg, **own)) is None:
+            break  # a signal
+        teacher, jumps = str(out), jumps // 2
+    data.stop_processes()
 
 
 if __name__ == "__main__":

@@ -106,11 +106,12 @@ FLAGS = dict(start=option(0.7, "the generator starts as the flow at this time"),
              d_lr=option(1e-3, "learning rate of the samples' flow; 0: the same"),
              d_warmup=option(100, "steps of the samples' flow alone before the generator's first"),
              d_steps=option(1, "steps of the samples' flow for one of the generator"))
-SHARED = dict(turn=losses.cafm_turn, inputs=inputs, check=check, sampling=lambda cfg: losses.flow_map(cfg) | dict(steps=1),
+SHARED = dict(turn=losses.cafm_turn, inputs=inputs, check=check,
+              sampling=lambda cfg: losses.flow_map(cfg) | dict(steps=1),
               discriminator=lambda cfg, G: frozen(cfg).requires_grad_(True),
               network=lambda cfg, source: dict(times=0, parts=["sim.Start"], start=cfg.start),
-              defaults=dict(steps=3000, lr=2e-4, beta1=0.0, ema=0.99, decay="constant", time_mean=0.0, time_std=1.0,
-                            label_drop=0.0))
+              defaults=dict(steps=3000, lr=2e-4, beta1=0.0, ema=0.99, decay="constant", time_mean=0.0,
+                            time_std=1.0, label_drop=0.0))
 
 losses.register("sim", sim_G, sim_D, flags=FLAGS | dict(
     c=option(0.01, "scores that differ by less count by their square")), **SHARED)
