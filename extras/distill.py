@@ -83,9 +83,8 @@ def frozen(cfg, net=None) -> model.DiT:
     path = sample.find_checkpoint(cfg.init)
     T = model.load(path).requires_grad_(False)
     T.jumps = sample.own_settings(path)[0].get("steps", 0)
-    if T.times != 1 or T.jumps and cfg.loss != "distill":
-        raise ValueError(f"--init {cfg.init}: a network of {T.times} times and {T.jumps} jumps; --loss "
-                         f"{cfg.loss} needs a flow")
+    if T.times != 1:
+        raise ValueError(f"--init {cfg.init}: a network of {T.times} times; --loss {cfg.loss} needs a flow")
     if net is not None:
         T.to(net.pos_embed.device).amp = net.amp
     return T

@@ -31,7 +31,7 @@ def dmd_G(G, x: Tensor, y: Tensor, draws: data.Draws, cfg, D, T) -> tuple[Tensor
     time = expand_dims(t, x)
     size = (g.detach() - x_t + time * v_T).abs().flatten(1).mean(1)
     direction = time * (v_T - v_D) / expand_dims(size, x)
-    return (direction * g).mean(), {"difference": (v_T - v_D).square().mean(), "deviation": g.std(0).mean()}
+    return (direction * g).mean(), {"difference": (v_T - v_D).square().mean()}
 
 
 losses.register("dmd", dmd_G, sim.sim_D, flags=sim.FLAGS, **sim.SHARED)

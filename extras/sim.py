@@ -15,6 +15,7 @@ from torch import Tensor
 import data
 import losses
 import model
+import sample
 from data import option
 from extras.distill import frozen
 from losses import expand_dims, interpolate, sample_times, velocity_target
@@ -27,7 +28,7 @@ def sim_D(D, x: Tensor, y: Tensor, draws: data.Draws, cfg, G) -> tuple[Tensor, d
     x_t, n, t = noised(g, draws, cfg)
 
     loss = (D(x_t, t, y) - velocity_target(D, g, n, x_t, t)).square().mean()
-    return loss, {"deviation": g.std(0).mean()}
+    return loss, {}
 
 
 def sim_G(G, x: Tensor, y: Tensor, draws: data.Draws, cfg, D, T) -> tuple[Tensor, dict]:
@@ -49,7 +50,7 @@ def sim_G(G, x: Tensor, y: Tensor, draws: data.Draws, cfg, D, T) -> tuple[Tensor
     d, error = k * (v_T - v_D), k * (n - g - v_D)
     size = (d.square().flatten(1).mean(1) + cfg.c ** 2).sqrt()
     loss = -(weight(t) * (d * error).flatten(1).mean(1) / size).mean()
-    return loss, {"difference": (v_T - v_D).square().mean(), "deviation": g.std(0).mean()}
+    return loss, {"difference": (v_T - v_D).square().mean()}
 
 
 def weight(t: Tensor) -> Tensor:
@@ -108,7 +109,7 @@ FLAGS = dict(start=option(0.7, "the generator starts as the flow at this time"),
              d_steps=option(1, "steps of the samples' flow for one of the generator"))
 SHARED = dict(turn=losses.cafm_turn, inputs=inputs, check=check,
               sampling=lambda cfg: losses.flow_map(cfg) | dict(steps=1),
-              discriminator=lambda cfg, G: frozen(cfg).requires_grad_(True),
+              discriminator=lambda cfg, G: model.load(sample.find_checkpoint(cfg.init)),
               network=lambda cfg, source: dict(times=0, parts=["sim.Start"], start=cfg.start),
               defaults=dict(steps=3000, lr=2e-4, beta1=0.0, ema=0.99, decay="constant", time_mean=0.0,
                             time_std=1.0, label_drop=0.0))
