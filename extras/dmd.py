@@ -23,7 +23,7 @@ def dmd_G(G, x: Tensor, y: Tensor, draws: data.Draws, cfg, D, T) -> tuple[Tensor
     paper: and a regression on pairs of noise and the flow's sample; here: without, as in its successor.
     """
     g, y = sim.generated(G, x, draws)
-    x_t, n, t = sim.noised(g.detach(), draws, cfg)
+    x_t, n, t = sim.noised(g.detach(), D, draws, cfg)
 
     with torch.no_grad():
         v_D, v_T = D(x_t, t, y), T(x_t, t, y)

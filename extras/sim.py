@@ -25,7 +25,7 @@ def sim_D(D, x: Tensor, y: Tensor, draws: data.Draws, cfg, G) -> tuple[Tensor, d
     """The flow of the samples: flow matching on them, E |v_D(x_t, t, y) - (n - g)|^2, noise n, sample g."""
     with torch.no_grad():
         g, y = generated(G, x, draws)
-    x_t, n, t = noised(g, draws, cfg)
+    x_t, n, t = noised(g, D, draws, cfg)
 
     loss = (D(x_t, t, y) - velocity_target(D, g, n, x_t, t)).square().mean()
     return loss, {}
@@ -39,10 +39,10 @@ def sim_G(G, x: Tensor, y: Tensor, draws: data.Draws, cfg, D, T) -> tuple[Tensor
     weights, but gradients go through x_t: the loss's is that of E w (|d|^2 + c^2)^(1/2), the distance of the
     two scores. The other sign runs away from T. |.|: means over pixels. w: see `weight`.
 
-    paper: a generator of EDM's times, which starts as the teacher at noise of scale 2.5; here: `start`.
+    paper: the generator starts as the flow's answer to noise of EDM's scale 2.5; here: to noise alone, t = 1.
     """
     g, y = generated(G, x, draws)
-    x_t, n, t = noised(g, draws, cfg)
+    x_t, n, t = noised(g, D, draws, cfg)
 
     v_D, v_T = D(x_t, t, y), T(x_t, t, y)
 
@@ -65,32 +65,14 @@ def generated(G, x: Tensor, draws) -> tuple[Tensor, Tensor]:
     return losses.jump(G, e, one, 0 * one, y), y
 
 
-def noised(g: Tensor, draws, cfg) -> tuple[Tensor, Tensor, Tensor]:
-    """x_t, its noise and t, at times that neither have nothing left of the samples nor of the noise."""
-    t = sample_times(draws, cfg).clamp(0.02, 0.98)
+def noised(g: Tensor, D, draws, cfg) -> tuple[Tensor, Tensor, Tensor]:
+    """x_t, its noise and t, not so near 0 or 1 that scores are no numbers, nor a network's v no velocity."""
+    t = sample_times(draws, cfg).clamp(max(0.02, D.t_min), 0.98)
     n = draws.normal("noise of the samples", g.shape[1:])
     return interpolate(g, n, t), n, t
 
 
 # ---- What the loop knows of it ----
-
-
-class Start(model.Part):
-    """A generator without times that starts as the flow's E[x | x_t] where x_t = start e, at t = start.
-
-    Noise alone (start = 1) tells a flow next to nothing, and it answers with the mean of the class."""
-    generator_only = True
-
-    def __init__(self, start: float, **config):
-        super().__init__(**config)
-        self.config |= dict(start=start)
-        self.start = start
-
-    def embed(self, x: Tensor) -> Tensor:
-        return super().embed(self.start * x)
-
-    def inherit(self, given: model.DiT, at: float = 1.0) -> dict:
-        return super().inherit(given, self.start)
 
 
 def check(cfg) -> None:
@@ -103,14 +85,13 @@ def inputs(role: str, cfg, source, net) -> tuple:
     return (frozen(cfg, net),) if role == "G" else ()
 
 
-FLAGS = dict(start=option(0.7, "the generator starts as the flow at this time"),
-             d_lr=option(1e-3, "learning rate of the samples' flow; 0: the same"),
+FLAGS = dict(d_lr=option(1e-3, "learning rate of the samples' flow; 0: the same"),
              d_warmup=option(100, "steps of the samples' flow alone before the generator's first"),
              d_steps=option(1, "steps of the samples' flow for one of the generator"))
 SHARED = dict(turn=losses.cafm_turn, inputs=inputs, check=check,
               sampling=lambda cfg: losses.flow_map(cfg) | dict(steps=1),
               discriminator=lambda cfg, G: model.load(sample.find_checkpoint(cfg.init)),
-              network=lambda cfg, source: dict(times=0, parts=["sim.Start"], start=cfg.start),
+              network=lambda cfg, source: dict(times=0),
               defaults=dict(steps=3000, lr=2e-4, beta1=0.0, ema=0.99, decay="constant", time_mean=0.0,
                             time_std=1.0, label_drop=0.0))
 

@@ -1,14 +1,11 @@
 """Tests of distill, sim and dmd: networks that learn from a frozen flow."""
-import json
 import math
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn as nn
 
 import data
-import losses
 import model
 import sample
 import train
@@ -194,7 +191,8 @@ def test_sim_has_the_exact_gradients(monkeypatch):
     G, n = Shifted(0.4, 0.6), 400_000
     draws = draws_of(n)
     with torch.no_grad():
-        x_t, _, t = sim.noised(sim.generated(G, torch.zeros(n, 1).double(), draws)[0], draws, on_points("sim"))
+        g, _ = sim.generated(G, torch.zeros(n, 1).double(), draws)
+        x_t, _, t = sim.noised(g, G, draws, on_points("sim"))
         score_T = -(x_t[:, 0] - (1 - t)) / ((1 - t) ** 2 + t ** 2)
     score_G = -(x_t[:, 0] - (1 - t) * G.m) / (((1 - t) * G.s) ** 2 + t ** 2)
     distance = ((score_G - score_T).square() + 0.1 ** 2).sqrt().mean()
@@ -207,7 +205,7 @@ def test_dmd_has_the_exact_gradient():
     for m in (0, 0.9, 1, 1.1, 3):
         found, draws, cfg = gradients(dmd.dmd_G, G := Shifted(m)), draws_of(4000), on_points("dmd")
         g, _ = sim.generated(G, torch.zeros(4000, 1).double(), draws)
-        x_t, _, t = sim.noised(g.detach(), draws, cfg)
+        x_t, _, t = sim.noised(g.detach(), G, draws, cfg)
         total = ((1 - t) ** 2 + t ** 2)[:, None]
         clean = ((1 - t)[:, None] * x_t + t[:, None] ** 2) / total
         want = (t[:, None] ** 2 * (m - 1) / total / (g - clean).abs()).mean()
@@ -244,15 +242,3 @@ def test_sim_does_not_look_at_data(tmp_path, loss, monkeypatch):
         key = "blocks.0.attn.qkv.weight"
         assert torch.equal(net["weights"][key], b["networks"][role]["weights"][key])
         assert 1e-6 < (net["weights"][key] - flow[key]).abs().max() < 0.1  # both begin as the flow, and learn
-
-
-def test_sim_starts_as_the_flow():
-    """The generator's first samples are E[x | x_t] of the flow at t = start of noise that large alone."""
-    flow, e, y = tiny(predict="x"), torch.randn(2, 3, 8, 8), torch.tensor([1, 2])
-    G = model.build(flow.config | dict(times=0, parts=["sim.Start"], start=0.6))
-    model.load_weights(G, G.inherit(flow), "flow")
-    t = torch.full((2,), 0.6)
-    want = 0.6 * e - 0.6 * flow(0.6 * e, t, y)
-    assert (sample.sample(G, e, y, 1) - want).abs().max() < 1e-5
-    assert (sample.sample(G, e, y, 1) - losses.jump(flow, e, 0 * t + 1, 0 * t, y)).abs().max() > 1e-2
-    assert model.discriminator(G.config).trunk.config["parts"] == []
