@@ -125,7 +125,7 @@ def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0].startswith("-"):
         return print(__doc__.strip())
-    cfg = train.read_settings(["--loss", "distill", "--init", *argv], steps=1000, out="runs/halved", nfe=8)
+    cfg = train.read_settings(["--loss", "distill", "--init", *argv], steps=800, out="runs/halved", nfe=8)
     teacher, jumps = cfg.init, cfg.nfe
     while jumps:
         out = Path(cfg.out, str(jumps))
