@@ -6,7 +6,7 @@ the network before do. Neighbour in the core: fm, whose targets are noisy; these
 
     python train.py --loss distill --init runs/glyphs --out runs/guided
     python sample.py runs/guided --n 100 --steps 20 --guidance 3
-    python -m extras.distill runs/guided --out runs/halved          8, 4, 2 and 1 jumps, each from the one before
+    python -m extras.distill runs/guided --out runs/halved      8, 4, 2, then 1 jump, each from the one before
     python sample.py runs/halved/2 --n 100 --guidance 3
 
 On glyphs: extras/README.md.
@@ -40,7 +40,7 @@ def distill(net, x: Tensor, y: Tensor, draws: data.Draws, cfg, T, grid=None) -> 
     """
     w = 1 + (cfg.omega_max - 1) * draws.uniform("guidance scale")
     if cfg.nfe:
-        times = grid.to(x.device)[(cfg.nfe * draws.uniform("time")).long()].T                     # (steps + 1, B)
+        times = grid.to(x.device)[(cfg.nfe * draws.uniform("time")).long()].T                  # (steps + 1, B)
     else:
         times = sample_times(draws, cfg)[None]
     t = times[0]
@@ -95,8 +95,9 @@ def inputs(role: str, cfg, source, net) -> tuple:
     if not (T.null_class or T.guidance_conditioned):
         raise ValueError(f"--init {cfg.init}: a flow without a null label has no guidance to learn")
     steps = T.jumps or cfg.flow_steps
-    if cfg.nfe and steps % cfg.nfe or T.jumps and not cfg.nfe:
-        raise ValueError(f"--nfe {cfg.nfe}: {steps} steps of --init {cfg.init} are no multiple of it")
+    if (T.jumps and not cfg.nfe) or steps % max(1, cfg.nfe):
+        raise ValueError(f"--nfe {cfg.nfe}: --init {cfg.init} takes {steps} "
+                         f"{'jumps' if T.jumps else 'steps'}: expected a number that divides them{'' if T.jumps else ', or other --flow_steps'}")
     if not cfg.nfe:
         return T,
     times = 1 - torch.arange(steps + 1) / steps

@@ -71,7 +71,7 @@ class Jumper(nn.Module):
 
 def test_distill_halves_steps():
     """Exact jumps have no loss, of a flow and of twice as many jumps, and 4, 2 and 1 of them end where 16
-    guided Euler steps of the flow do. A flow is guided in the commands' interval, which jumps have learned."""
+    guided Euler steps of the flow do. A flow is guided in the commands' interval, which jumps learned."""
     n, flow = 50, exact_flow()
     x, y = TWO_MODES.sample(n, data.generator("jumps"))
     e = torch.randn(n, 1, generator=data.generator("noise")).double()
@@ -116,7 +116,8 @@ def test_distill_runs(tmp_path, capsys):
         assert content["sampling"] == dict(steps=jumps, solver="euler") and content["step"] == 2
         assert content["config"]["init"] == str(tmp_path / before)
     capsys.readouterr()
-    sample.main([str(tmp_path / "halved/2"), *f"--guidance 3 --device cpu --n 2 --out {tmp_path}/x.png".split()])
+    flags = f"--guidance 3 --device cpu --n 2 --out {tmp_path}/x.png".split()
+    sample.main([str(tmp_path / "halved/2"), *flags])
     assert "2 network evaluations, conditioned on guidance 3," in capsys.readouterr().out
     distill.main([])
     assert "python -m extras.distill" in capsys.readouterr().out
@@ -126,9 +127,9 @@ def test_distill_runs(tmp_path, capsys):
 
     for loss in ("distill", "sim", "dmd"):
         raises(lambda: run(loss, init=""), f"--loss {loss}", "--init RUN")  # noqa: B023
-    raises(lambda: run(nfe=5), "--nfe 5", "32 steps")
-    raises(lambda: run(nfe=3, init=str(tmp_path / "halved/4")), "--nfe 3", "4 steps")
-    raises(lambda: run(init=str(tmp_path / "halved/4")), "--nfe 0", "4 steps")
+    raises(lambda: run(nfe=5), "--nfe 5", "32 steps", "--flow_steps")
+    raises(lambda: run(nfe=3, init=str(tmp_path / "halved/4")), "--nfe 3", "4 jumps")
+    raises(lambda: run(init=str(tmp_path / "halved/4")), "--nfe 0", "4 jumps")
     raises(lambda: run(omega_max=0.5), "--omega_max 0.5")
     for loss, options, words in (("distill", dict(null_class=False), "null label"),
                                  ("sim", dict(times=2), "2 times")):
@@ -176,7 +177,7 @@ def gradients(objective, G, n=4000, **changes):
 def test_sim_has_the_exact_gradients(monkeypatch):
     """From N(mu, 1) to N(1, 1) with exact scores: bounded, 0 at mu = 1, and towards it on both sides, to two
     digits -0.83, -0.58, 0, 0.58, 0.84 for w = 1, c = 0.1 and t ~ U(0.1, 0.9); with its own w as its integral
-    over t. The gradient by m and s, too, is that of E w (|s_G - s_T|^2 + c^2)^(1/2) by the score s_G alone."""
+    over t. The gradient by m and s, too, is that of E w (|s_G - s_T|^2 + c^2)^(1/2) by s_G alone."""
     means = (0, 0.9, 1, 1.1, 3)
     t = .1 + .8 * (torch.arange(4000).double() + .5) / 4000
     k = (1 - t) / ((1 - t) ** 2 + t ** 2)
