@@ -40,7 +40,7 @@ def distill(net, x: Tensor, y: Tensor, draws: data.Draws, cfg, T, grid=None) -> 
     """
     w = 1 + (cfg.omega_max - 1) * draws.uniform("guidance scale")
     if cfg.nfe:
-        times = grid.to(x.device)[(cfg.nfe * draws.uniform("time")).long()].T                  # (steps + 1, B)
+        times = grid.to(x.device)[(cfg.nfe * draws.uniform("time")).long()].T               # (steps + 1, B)
     else:
         times = sample_times(draws, cfg)[None]
     t = times[0]
@@ -94,10 +94,9 @@ def inputs(role: str, cfg, source, net) -> tuple:
     T = frozen(cfg, net)
     if not (T.null_class or T.guidance_conditioned):
         raise ValueError(f"--init {cfg.init}: a flow without a null label has no guidance to learn")
-    steps = T.jumps or cfg.flow_steps
+    steps, what = (T.jumps, "jumps") if T.jumps else (cfg.flow_steps, "steps (--flow_steps)")
     if (T.jumps and not cfg.nfe) or steps % max(1, cfg.nfe):
-        raise ValueError(f"--nfe {cfg.nfe}: --init {cfg.init} takes {steps} "
-                         f"{'jumps' if T.jumps else 'steps'}: expected a number that divides them{'' if T.jumps else ', or other --flow_steps'}")
+        raise ValueError(f"--nfe {cfg.nfe}: --init {cfg.init} takes {steps} {what}: give a divisor of that")
     if not cfg.nfe:
         return T,
     times = 1 - torch.arange(steps + 1) / steps
