@@ -55,23 +55,22 @@ def distill(net, x: Tensor, y: Tensor, draws: data.Draws, cfg, T, grid=None) -> 
 
 
 def guided_velocity(T, x_t: Tensor, t: Tensor, y: Tensor, w: Tensor) -> Tensor:
-    """v_null + w (v - v_null) of a flow T; a network conditioned on w gives it itself."""
+    """v_null + w (v - v_null) of a flow T where the commands guide it, `sample.INTERVAL`, and v elsewhere; a
+    network conditioned on w has learned that."""
     if T.guidance_conditioned:
         return T(x_t, t, y, t, w)
     pairs = (x_t, x_t), (t, t), (y, torch.full_like(y, T.num_classes))
     v, v_null = T(*map(torch.cat, pairs)).chunk(2)
+    low, high = sample.INTERVAL
+    w = torch.where((t >= low) & (t <= high), w, 1.0)
     return v_null + expand_dims(w, v) * (v - v_null)
 
 
 def average_velocity(T, x_t: Tensor, times: Tensor, y: Tensor, w: Tensor) -> Tensor:
-    """(x_t - x_r) / (t - r) of Euler steps of T over times (steps + 1, B), from t to r.
-
-    A flow is guided where the commands guide it, `sample.INTERVAL`; jumps have learned where."""
-    low, high = (0.0, 1.0) if T.jumps else sample.INTERVAL
+    """(x_t - x_r) / (t - r) of Euler steps of T over times (steps + 1, B), from t to r."""
     x = x_t
     for t, r in zip(times, times[1:]):
-        v = guided_velocity(T, x, t, y, torch.where((t >= low) & (t <= high), w, 1.0))
-        x = x - expand_dims(t - r, x) * v
+        x = x - expand_dims(t - r, x) * guided_velocity(T, x, t, y, w)
     return (x_t - x) / expand_dims(times[0] - times[-1], x)
 
 
