@@ -1,12 +1,12 @@
 """Guided distillation (arXiv:2210.03142): a flow learns its own guided version, then to take fewer steps.
 
 The network is conditioned on the guidance scale w (`imf.Guidance`) and gives for any w of a range in one
-evaluation what guidance takes two for. Then, progressively, N of its jumps learn what twice as many steps of
-the network before do. Neighbour in the core: fm, whose targets are noisy; these are another network's.
+evaluation what guidance takes two for. Or, progressively, N of its jumps learn what twice as many of the
+network before do, the first 8 what 32 guided steps of the flow do. Neighbour in the core: fm, whose targets are noisy; these are another network's.
 
     python train.py --loss distill --init runs/glyphs --out runs/guided
     python sample.py runs/guided --n 100 --steps 20 --guidance 3
-    python -m extras.distill runs/guided --out runs/halved      8, 4, 2, then 1 jump, each from the one before
+    python -m extras.distill runs/glyphs --out runs/halved      8, 4, 2, then 1 jump, each from the one before
     python sample.py runs/halved/2 --n 100 --guidance 3
 
 On glyphs: extras/README.md.
@@ -117,19 +117,20 @@ FLAGS = dict(omega_max=option(4.0, "largest guidance scale; the smallest is 1, n
 losses.register("distill", distill, flags=FLAGS, inputs=inputs, check=check,
                 network=lambda cfg, source: dict(parts=["imf.Guidance"]),
                 sampling=lambda cfg: dict(steps=cfg.nfe, solver="euler") if cfg.nfe else {},
-                defaults=dict(steps=2000, lr=1e-3, label_drop=0.0))
+                defaults=dict(steps=3000, lr=3e-3, label_drop=0.0))
 
 
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0].startswith("-"):
         return print(__doc__.strip())
-    cfg = train.read_settings(["--loss", "distill", "--init", *argv], steps=800, out="runs/halved", nfe=8)
+    own = dict(out="runs/halved", nfe=8, steps=800, lr=1e-3)
+    cfg = train.read_settings(["--loss", "distill", "--init", *argv], **own)
     teacher, jumps = cfg.init, cfg.nfe
     while jumps:
         out = Path(cfg.out, str(jumps))
-        own = dict(init=teacher, nfe=jumps, out=str(out), resume=(out / "last.pt").exists())
-        if train.train(dataclasses.replace(cfg, **own)) is None:
+        stage = dict(init=teacher, nfe=jumps, out=str(out), resume=(out / "last.pt").exists())
+        if train.train(dataclasses.replace(cfg, **stage)) is None:
             break  # a signal
         teacher, jumps = str(out), jumps // 2
     data.stop_processes()
