@@ -19,7 +19,8 @@ from extras.benchmark_tools import Item, in_turn, peak_megabytes, source_of
 
 FREE = dict(encoder=f"{__file__}:free_encoder")
 VARIANTS = {"cafm_routes": {"forward": dict(route="forward"), "finite": dict(route="finite")},
-            "repa": {"": FREE}, "reg": {"": FREE}}  # where one row, with the default settings, is not enough
+            "repa": {"": FREE}, "reg": {"": FREE},  # where one row, with the default settings, is not enough
+            "distill": {}, "sim": {}, "dmd": {}, "refiner": {}}    # none without a flow to start from
 CORE, MORE = ("cafm", "afm", "meanflow", "ect"), ("cafm_routes", "imf", "soflow", "shortcut", "scm")
 SIZES = {  # network, batch, precision, objectives; none: all there are
     "tiny": [("glyph-XS", 4, "off", ("afm",))],
@@ -31,7 +32,7 @@ def items(size: str, device: torch.device) -> list[Item]:
     return [Item(f"{name}, batch {batch}, {amp.replace('off', 'float32')}: {loss}",
                  lambda args=(loss, name, batch, amp): role_costs(*args, device))
             for name, batch, amp, names in SIZES[size]
-            for loss in names or [loss for loss in all_objectives() if loss != "fm"]]
+            for loss in names or [k for k in all_objectives() if k != "fm" and VARIANTS.get(k) != {}]]
 
 
 def role_costs(loss: str, name: str, batch: int, amp: str, device: torch.device) -> dict:

@@ -1,4 +1,7 @@
-"""Tests of cat, afm_more, classifier, augment, search, presets, schedule, compare and shard."""
+"""Tests of cat, afm_more, classifier, augment, search, presets, schedule, compare and shard.
+
+The runs at the end, resumed and on two processes, are those of distill, sim and dmd, too.
+"""
 import dataclasses
 import json
 import math
@@ -23,6 +26,7 @@ from extras import (afm_more, augment, cat, cat_networks, cat_stages, classifier
                     schedule, search, shard)
 from extras.gaussians import Mixture
 from extras.test_core import TWO_MODES, ExactNet, Weighted, constant_G, linear_D, standard_errors
+from extras.test_distill import SMALL_FLOW
 from extras.test_formats import SMALL_ENCODER
 import test_all as core
 from test_all import (HERE, SMALL_SET, TINY, TWO, assert_close_runs, assert_same_state, checkpoint, finished,
@@ -847,12 +851,15 @@ OWN = {  # settings with which each role soon gets a step
     "meanflow_guided": dict(jumps=0.5, omega=0.8, kappa=0.4, time_mean=-0.4, time_std=1.0),
     "imf": dict(head=1, omega_max=4.0, time_mean=-0.4), "soflow": dict(jumps=0.5, kappa=0.5), "scm": {},
     "shortcut": dict(jumps=0.5, time="uniform", omega=2.0),
-    "repa": dict(encoder=SMALL_ENCODER), "reg": dict(encoder=SMALL_ENCODER)}
+    "repa": dict(encoder=SMALL_ENCODER), "reg": dict(encoder=SMALL_ENCODER),
+    "distill": dict(init=str(SMALL_FLOW), nfe=4, flow_steps=8),
+    "sim": dict(init=str(SMALL_FLOW), d_warmup=1), "dmd": dict(init=str(SMALL_FLOW), d_warmup=1, d_steps=2)}
 SPLITS = {  # (processes, accumulation, sharded) of runs that are alike
     "cat": ((2, 2, False), (2, 1, True)), "classifier": ((2, 2, False),),
     "afm_more": ((2, 1, False), (2, 1, True)), "pafm": ((2, 2, False),),
     "carflow": ((2, 2, False), (2, 2, True)),
-    "meanflow_guided": ((2, 2, False), (2, 2, True)), "shortcut": ((2, 1, False),)}
+    "meanflow_guided": ((2, 2, False), (2, 2, True)), "shortcut": ((2, 1, False),),
+    "distill": ((2, 2, False),), "sim": ((2, 2, False), (2, 1, True)), "dmd": ((2, 1, False),)}
 SPLITS |= dict.fromkeys(("imf", "soflow", "scm", "repa", "reg"), ((2, 1, False), (2, 1, True)))
 SPLITS |= {"fm": ((2, 2, True),), "meanflow": ((2, 2, True),), "ect": ((2, 1, True),), "afm": ((2, 1, True),),
            "cafm": ((2, 2, True),)}  # unsharded: in test_all.py
@@ -978,14 +985,15 @@ def test_sharded_networks_register_their_entrances():
     assert "projected" in vars(repa.Projected)["entrances"] and hasattr(repa.Projected, "projected")
 
 
-@pytest.mark.parametrize("loss, accumulation", [("cat", 2), ("classifier", 1), ("afm_more", 1)])
+@pytest.mark.parametrize("loss, accumulation", [("cat", 2), ("classifier", 1), ("afm_more", 1),
+                                                ("distill", 2), ("sim", 2), ("dmd", 1)])
 def test_resume_is_bitwise(tmp_path, loss, accumulation, monkeypatch):
     """As for the core's objectives: 5 steps, and 5 more after --resume, are 10 in a row, bit for bit."""
     monkeypatch.setitem(core.OWN, loss, OWN[loss])
     core.test_train_resume_is_bitwise(tmp_path, loss, accumulation)
 
 
-@pytest.mark.parametrize("loss", ["cat", "afm_more"])
+@pytest.mark.parametrize("loss", ["cat", "afm_more", "sim", "dmd"])
 def test_one_network_moves_at_a_time(tmp_path, loss, monkeypatch):
     """As for the core's: a step of D leaves G and its EMA where they were, and the other way round."""
     monkeypatch.setitem(core.OWN, loss, OWN[loss])

@@ -380,7 +380,7 @@ def test_faults_files_of_ours(base, tmp_path, capsys):
         done = subprocess.run([sys.executable, "-c", cache], env=env, cwd=HERE, capture_output=True,
                               text=True)
         assert done.returncode == 2 and "TRIFLOW_CACHE" in done.stderr, done.stderr
-    path = fid.glyph_net_file()
+    path = fid.glyph_net_file(fid.GlyphNet())
     fid.glyph_net()
     weights = torch.load(path, weights_only=True)
     torch.save(weights | {"head.1.bias": weights["head.1.bias"] * math.nan}, path)
