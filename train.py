@@ -250,10 +250,9 @@ def positions_from(step: int, cfg: Config):
 def open_data(cfg: Config) -> tuple[Config, data.Dataset]:
     """Settings with --size, else the data's in whole patches; the data."""
     source = data.dataset(cfg.data, cfg.size or None)
-    c, h, w = source.shape
-    if cfg.size or c != 3:
+    if cfg.size or source.shape[0] != 3:
         return cfg, source
-    patch = data.lookup(model.ZOO, cfg.model, "model").get("patch", 2)
+    (h, w), patch = source.shape[1:], data.lookup(model.ZOO, cfg.model, "model").get("patch", 2)
     size = -(-min(h, w, 64) // patch) * patch
     if {h, w} != {size}:
         data.note(f"images of {w} x {h} pixels taken at {size} x {size}, in patches of {patch}")
@@ -532,8 +531,8 @@ class StopSignal:
         self.stream = getattr(data.optional("faults"), "ahead", lambda stream, *_: stream)(stream, cfg, self)
 
     def __enter__(self):
-        hangup = () if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else (signal.SIGHUP,)  # nohup
-        numbers = signal.SIGTERM, signal.SIGINT, *hangup
+        no_hangup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN  # nohup
+        numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)[:2 if no_hangup else 3]
         self.before = {s: signal.signal(s, self.note) for s in numbers}
         return self
 
@@ -601,17 +600,15 @@ def check(cfg: Config) -> None:
 
 def without_code(was: dict, asked, path) -> tuple[dict, dict]:
     """A checkpoint's settings that name no code, and those that do: the user names these again."""
-    code = {name: value for name, value in was.items() if name == "encoder" or ".py" in str(value)}
-    if asked.loss:
-        code.pop("loss", "")
+    again = "loss" if asked.loss else ""
+    code = {k: v for k, v in was.items() if k != again and (k == "encoder" or ".py" in str(v))}
     check_code(asked, code, path)
     return {name: value for name, value in was.items() if name not in code}, code
 
 
 def check_code(cfg, code: dict, path):
-    for name, value in code.items():
-        if getattr(cfg, name, value) != value:
-            raise ValueError(f"{path}: give again the --{name} {value} that it was trained with")
+    for name, value in [pair for pair in code.items() if getattr(cfg, *pair) != pair[1]]:
+        raise ValueError(f"{path}: give again the --{name} {value} that it was trained with")
     return cfg
 
 

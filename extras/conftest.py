@@ -1,5 +1,5 @@
-"""`python -m pytest`, without further words, uses two processes: a second one runs the files in SECOND beside the
-others, each on one thread, and what it printed stands before the summary."""
+"""`python -m pytest`, without further words, uses two processes: a second one runs the files in SECOND beside
+the others, each on one thread, and what it printed stands before the summary."""
 import os
 import subprocess
 import sys

@@ -2,7 +2,8 @@
 
 The network is conditioned on the guidance scale w (`imf.Guidance`) and gives for any w of a range in one
 evaluation what guidance takes two for. Or, progressively, N of its jumps learn what twice as many of the
-network before do, the first 8 what 32 guided steps of the flow do. Neighbour in the core: fm, whose targets are noisy; these are another network's.
+network before do, the first 8 what 32 guided steps of the flow do. Neighbour in the core: fm, whose targets
+are noisy; these are another network's.
 
     python train.py --loss distill --init runs/glyphs --out runs/guided
     python sample.py runs/guided --n 100 --steps 20 --guidance 3

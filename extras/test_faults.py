@@ -31,9 +31,8 @@ import fid
 import model
 import sample
 import train
-from extras import (classics, compare, curves, encoders, formats, guidance, latents, mmhm, presets, repa, schedule,
-                    search,
-                    stored)
+from extras import (classics, compare, curves, encoders, formats, guidance, latents, mmhm, presets, repa,
+                    schedule, search, stored)
 from test_all import HERE, SMALL_SET, TWO, checkpoint, flags, logged, run, same, start, tiny_run
 
 CELL = "blocks.0.attn.qkv.weight"

@@ -184,7 +184,8 @@ def test_formats_errors_name_the_file_and_the_fix(tmp_path):
             ("d-images-idx3-ubyte", "cut short"), ("g-images-idx3-ubyte", "cut short"),
             ("f-images-idx3-ubyte", "not an idx file of 3-dimensional bytes"),
             ("e-images-idx3-ubyte.gz", "not readable"),
-            ("python", "pickled", "binary version"), ("text.txt", "text.txt", "zip", "idx", "cifar", "latents")]:
+            ("python", "pickled", "binary version"),
+            ("text.txt", "text.txt", "zip", "idx", "cifar", "latents")]:
         raises(lambda: data.dataset(str(tmp_path / name)), *words)
 
 
