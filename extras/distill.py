@@ -2,14 +2,16 @@
 
 The network is conditioned on the guidance scale w (`imf.Guidance`) and gives for any w of a range in one
 evaluation what guidance takes two for. Or, progressively, N of its jumps learn what twice as many of the
-network before do, the first 8 what 32 guided steps of the flow do. Neighbour in the core: fm, whose targets are noisy; these are another network's.
+network before do, the first 8 what 32 guided steps of the flow do. Neighbour in the core: fm, whose targets
+are noisy; these are another network's.
 
     python train.py --loss distill --init runs/glyphs --out runs/guided
     python sample.py runs/guided --n 100 --steps 20 --guidance 3
     python -m extras.distill runs/glyphs --out runs/halved      8, 4, 2, then 1 jump, each from the one before
     python sample.py runs/halved/2 --n 100 --guidance 3
 
-On glyphs: extras/README.md.
+On glyphs, guidance 1.5 and 3: FD-glyphs 4.4 and 11.7 in the flow's 41 evaluations, 7.1 and 10.2 in 20, 6.5 and
+11.4 in 8 jumps, 19.3 and 8.1 in one (extras/README.md).
 """
 import dataclasses
 import sys
