@@ -4,6 +4,8 @@ Beside `sim`, whose second network, generator and flags it has: the gradient of 
 divergence instead of that of the distance of scores. It asks for no derivative of the two flows.
 
     python train.py --loss dmd --init runs/glyphs --out runs/dmd
+
+On glyphs: FD-glyphs 12.2, accuracy 0.999, recall 0.82 in one step (extras/README.md).
 """
 import torch
 from torch import Tensor

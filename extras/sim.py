@@ -7,7 +7,7 @@ disagree, samples move towards the latter. `dmd` (dmd.py) is its neighbour. The 
     python train.py --loss sim --init runs/glyphs --out runs/sim
     python sample.py runs/sim --n 100
 
-On glyphs: extras/README.md.
+On glyphs: FD-glyphs 14.6, accuracy 0.998, recall 0.83 in one step (extras/README.md).
 """
 import torch
 from torch import Tensor
