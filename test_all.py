@@ -324,7 +324,7 @@ def test_data_refusals(tmp_path):
 def write_extra(tmp_path, monkeypatch, name: str, text: str) -> None:
     """Write extras/NAME.py into a folder that stands in for extras/ until the test ends."""
     monkeypatch.setattr(data, "extra_file", lambda name: tmp_path / f"extras/{name}.py")
-    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys.modules["extras"], "__path__", [str(tmp_path / "extras")])
     monkeypatch.setitem(sys.modules, f"extras.{name}", None)  # so that it is forgotten in the end
     del sys.modules[f"extras.{name}"]
     (tmp_path / "extras").mkdir(exist_ok=True)

@@ -113,7 +113,7 @@ def check_checkpoint(content: dict, path) -> None:
 
     size, patch, width, depth = own = [config.get(k) for k in ("input_size", "patch", "width", "depth")]
     blocks, table = {k.split(".")[1] for k in weights if k.startswith("blocks.")}, weights.get("pos_embed")
-    must(all(type(n) is int and n > 0 for n in own) and len(blocks) == depth and table is not None
+    must(all(type(n) is int and n > 0 for n in own) and len(blocks) >= depth and table is not None
          and table.dim() == 3 and table.shape[2] == width and (size // patch) ** 2 <= table.shape[1],
          "its config is not that of its tensors")  # before any memory is asked for
     for tensors in weights, content["ema"]:  # each into a network of its own, which takes the tensors over

@@ -108,8 +108,6 @@ def inputs(role: str, cfg, source, net) -> tuple:
 def check(cfg) -> None:
     if not cfg.init:
         raise ValueError(f"--loss {cfg.loss}: which flow is it to learn from? give --init RUN")
-    losses.at_least(cfg, 0, "nfe")
-    losses.at_least(cfg, 1, "omega_max")
 
 
 FLAGS = dict(omega_max=option(4.0, "largest guidance scale; the smallest is 1, none"),

@@ -78,7 +78,6 @@ def noised(g: Tensor, D, draws, cfg) -> tuple[Tensor, Tensor, Tensor]:
 def check(cfg) -> None:
     if not cfg.init:
         raise ValueError(f"--loss {cfg.loss}: which flow is it to learn from? give --init RUN")
-    losses.at_least(cfg, 1, "d_steps")
 
 
 def inputs(role: str, cfg, source, net) -> tuple:

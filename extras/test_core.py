@@ -37,7 +37,7 @@ class ExactNet(nn.Module):
 
     def __init__(self, mixture):
         super().__init__()
-        self.mixture, self.num_classes = mixture, len(mixture.weights)
+        self.mixture, self.num_classes, self.shape = mixture, len(mixture.weights), mixture.means.shape[1:]
 
     def forward(self, x_t, t, y, r=None):
         given = self.mixture.velocity(x_t, t, y.clamp_max(self.num_classes - 1))
@@ -955,7 +955,7 @@ def test_train_refuses_to_resume_as_another_network_or_sampler(tmp_path, capsys,
     monkeypatch.setitem(losses.LOSSES, "resumed", resumed)
     cfg = train.configure("resumed")
     for name in flags:
-        old = dict(networks={}, step=1, config=dataclasses.asdict(cfg) | {name: 2})
+        old = dict(networks={"G": {}}, step=1, seconds=0.0, config=dataclasses.asdict(cfg) | {name: 2})
         call = functools.partial(train.check_resume, tmp_path / "last.pt", old, cfg, None)
         if name == "weight":
             call()

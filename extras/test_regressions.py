@@ -682,7 +682,7 @@ def test_refusals(tmp_path):
             ("imf", dict(omega_max=4.0, label_drop=0.0), ("--omega_max 4.0", "dropped labels")),
             ("imf", dict(jumps=0.95), ("--jumps 0.95", "--label_drop 0.1")),
             ("shortcut", dict(finest=12), ("--finest 12", "power of 2")),
-            ("shortcut", dict(finest=1), ("--finest 1", "power of 2")),
+            ("shortcut", dict(finest=1), ("--finest 1", "expected 2 to")),
             ("shortcut", dict(jumps=0.95), ("--jumps 0.95",)),
             ("shortcut", dict(omega=2.0, label_drop=0.0), ("--omega 2.0", "dropped labels")),
             ("scm", dict(data_std=0.0), ("--data_std 0.0",)),
