@@ -269,7 +269,7 @@ def test_exercises_readme_commands_run(tmp_path):
 
 
 def test_exercises_are_all_in_the_course():
-    """Each lesson lists its exercises, and has three questions with answers; links to files are right."""
+    """Each lesson lists its exercises, and has three questions with answers."""
     lessons = re.split(r"(?m)^## \d\. ", COURSE)[1:]
     assert len(lessons) == 8
     for k, lesson in enumerate(lessons, 1):
@@ -277,7 +277,17 @@ def test_exercises_are_all_in_the_course():
         assert listed == {number for number, e in EXERCISES.items() if e.lesson == k}, k
         assert lesson.count("<details>") == lesson.count("</details>") == 3
         assert all(f"\n**{word}**" in lesson for word in ("Read", "See")) and "```sh\n" in lesson
-    assert all((HERE / "extras" / link).exists() for link in re.findall(r"\]\((?!http)([^)#]+)", COURSE))
+
+
+@pytest.mark.parametrize("page", ["README.md", "extras/README.md", "extras/course.md"])
+def test_exercises_links_of_pages_resolve(page):
+    """Links and pictures lead to files, and what stands behind # to a heading there."""
+    for file, heading in re.findall(r"\]\((?!http)([^)#]*)#?([^)]*)\)", (HERE / page).read_text()):
+        target = ((HERE / page).parent / file) if file else HERE / page
+        assert target.exists(), file
+        if heading:
+            titles = re.findall(r"(?m)^#+ (.*)", target.read_text().lower())
+            assert heading in [re.sub(r"[^\w -]", "", title).replace(" ", "-") for title in titles], heading
 
 
 if __name__ == "__main__":
