@@ -38,7 +38,7 @@ WRONG = {1: ("data.py", "generator(self.seed, purpose, p)", "generator(self.seed
          6: ("losses.py", "* x + expand_dims(t, x) * e", "* e + expand_dims(t, x) * x"),
          7: ("losses.py", "else e - x\n", "else x - e\n"),
          8: ("train.py", "list(net.parameters()), 1 - d)", "list(net.parameters()), d)"),
-         9: ("train.py", '    load(ema, content["ema"])\n', ""),
+         9: ("train.py", '    model.load_weights(ema, content["ema"], path, processes.scatter)\n', ""),
          10: ("sample.py", "(v + velocity(ahead, r, y)) / 2", "(v + velocity(ahead, r, y))"),
          11: ("sample.py", "return v_ref + guidance * (v - v_ref)", "return v + guidance * (v - v_ref)"),
          12: ("fid.py", "cov2.trace() - 2 * root", "cov2.trace() - root"),
@@ -120,7 +120,8 @@ def forked(work, *given):
     ours, theirs = multiprocessing.Pipe(False)
     child = multiprocessing.get_context("fork").Process(target=lambda: theirs.send(work(*given)))
     child.start()
-    answer = ours.recv()
+    theirs.close()
+    answer = ours.recv()  # EOFError where the child died
     child.join()
     return answer
 

@@ -573,7 +573,7 @@ OWN = {"pafm": dict(candidates=3, bank=8), "carflow": {},
        "imf": dict(head=1, omega_max=4.0, time_mean=-0.4, p=0.5),
        "soflow": dict(jumps=0.5, kappa=0.5), "shortcut": dict(jumps=0.5, omega=2.0), "scm": {},
        "meanflow_guided": dict(jumps=0.5, omega=0.8, kappa=0.4),
-       "refiner": dict(flow=str(save_tiny(SMALL_SET.with_name("flow.pt"), SMALL_FLOW)))}
+       "refiner": dict(flow=str(save_tiny(SMALL_SET.with_name("flow_x.pt"), SMALL_FLOW)))}
 # (processes, accumulation, how they share a network). soflow's steps are of two images, so that a process may
 # have no jump; carflow's sharded blocks are checkpointed; pafm and shortcut call networks as others do.
 SPLITS = dict.fromkeys(("pafm", "carflow", "meanflow_guided", "refiner"), [(2, 2, "replicated")])
