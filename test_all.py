@@ -1269,7 +1269,8 @@ TWO = "-m torch.distributed.run --standalone --nproc_per_node=2 --".split()
 def start(*command, output=subprocess.PIPE) -> subprocess.Popen:
     """Python with these arguments, in a process and a group of its own that runs beside the tests."""
     return subprocess.Popen([sys.executable, *map(str, command)], stdout=output, stderr=output, text=True,
-                            env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True)
+                            env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True,
+                            preexec_fn=lambda: [signal.signal(number, signal.SIG_DFL) for number in (1, 2)])
 
 
 def test_train_stops_by_signals_and_goes_on(tmp_path):

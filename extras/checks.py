@@ -27,7 +27,7 @@ BOUNDS = dict.fromkeys("""steps n batch accumulation log_every save_every sample
                        candidates bank repeat best_of rounds stage shard omega_max""".split(), (1, 10 ** 9))
 BOUNDS |= dict.fromkeys("""ema label_drop beta1 beta2 jumps augment cg_time guide_until stitch_share
                         guidance_low guidance_high""".split(), (0, 1))
-BOUNDS |= dict.fromkeys(("time_mean", "kappa", "seed"), (-2.0 ** 63, 2.0 ** 63))
+BOUNDS |= dict.fromkeys(("time_mean", "kappa", "seed", "minutes"), (-2.0 ** 63, 2.0 ** 63))
 BOUNDS |= dict.fromkeys(("shift", "rho", "data_std", "interval"), (0.001, 1000))
 BOUNDS |= dict.fromkeys(("score", "num", "subset"), (2, 10 ** 9, 0))  # one has no covariance
 BOUNDS |= dict(batch=(1, 10 ** 6), size=(0, 2 ** 14), sample_steps=(1, 10 ** 5), workers=(-1, 1000),
@@ -113,7 +113,9 @@ def check_checkpoint(content: dict, path) -> None:
 
     size, patch, width, depth = own = [config.get(k) for k in ("input_size", "patch", "width", "depth")]
     blocks, table = {k.split(".")[1] for k in weights if k.startswith("blocks.")}, weights.get("pos_embed")
-    must(all(type(n) is int and n > 0 for n in own) and len(blocks) >= depth and table is not None
+    more = config.get("velocity_head", 0)  # imf's blocks beside the others
+    must(all(type(n) is int and n > 0 for n in [*own, more + 1 if type(more) is int else 0])
+         and len(blocks) == depth + more and table is not None
          and table.dim() == 3 and table.shape[2] == width and (size // patch) ** 2 <= table.shape[1],
          "its config is not that of its tensors")  # before any memory is asked for
     for tensors in weights, content["ema"]:  # each into a network of its own, which takes the tensors over

@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 
 import data
-import fid
 import losses
 import model
 import sample
 from data import option
+from extras import small
 from losses import expand_dims, interpolate
 
 
@@ -138,7 +138,7 @@ def main(argv: list[str] | None = None) -> None:
         began, steps = time.process_time(), len(solve.kinds)
         images = torch.cat([x for _, x in sample.generate(flow, labels, 1, steps=steps, solver=name)])
         seconds, H, R = time.process_time() - began, solve.kinds.count("H"), solve.kinds.count("R")
-        s = fid.score_glyphs(images, labels)
+        s = small.score_glyphs(images, labels)
         print(f"{name:>10} {steps + H - R:>5} {R:>8} {seconds:>8.1f} {s['fd_glyphs']:>10.2f} "
               f"{s['accuracy']:>9.3f}", flush=True)
         shown.append(images[:20])

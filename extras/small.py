@@ -100,6 +100,11 @@ def features(weights: str, resize: str, device) -> SmallNet:
 fid.FEATURES["small"] = features
 
 
+def score_glyphs(images: Tensor, labels: Tensor) -> dict:
+    """dict(fd_glyphs, floor, accuracy, n, ..) of glyphs uint8 (N, 3, s, s) with labels (N,) that are at hand."""
+    return fid.score(fid.glyph_net(), fid.ImageSet("", None, None, [(range(len(images)), images, labels)]))
+
+
 @dataclasses.dataclass
 class Config:
     path: str = option("", "a data set with labels, as for train.py --data")

@@ -427,7 +427,7 @@ def test_slopes_of_a_compiled_network():
 
 
 SLOPES_SCRIPT = """
-import torch, torch.nn as nn
+import data, torch, torch.nn as nn
 from extras.THIS import ROUTES, cafm_loss, parameters_of, raises, slopes_by, tiny_D
 class Step(nn.Module):  # what DDP wraps: the module that takes the derivative
     def __init__(self, net, route):

@@ -582,7 +582,8 @@ def test_aligned_trains(tmp_path, encoded, monkeypatch, capsys):  # noqa: F811
     assert "projectors.0.0.weight" not in checkpoint(tmp_path / "after")["ema"]
     more, repas = checkpoint(tmp_path / "more"), checkpoint(tmp_path / "repa")
     assert same(more["networks"]["G"]["weights"], repas["ema"])
-    resumed = tiny_run(tmp_path / "repa", loss="repa", steps=4, resume=True, align_block=1, **stored)
+    resumed = tiny_run(tmp_path / "repa", loss="repa", steps=4, resume=True, align_block=1,
+                       init=str(tmp_path / "plain"), **stored)
     raises(lambda: train.train(resumed), "--align_block 2, not 1")
     raises(lambda: train.train(tiny_run(tmp_path / "no", loss="repa", encoder=SMALL_ENCODER, **stored)),
            "holds features")

@@ -21,7 +21,7 @@ import data
 import fid
 import sample
 from data import option
-from extras import metrics, search
+from extras import metrics, search, small
 from extras.classifier import load_classifier
 from extras.sde import sde_step, sde_times
 
@@ -141,7 +141,7 @@ def main(argv: list[str] | None = None) -> None:
         nearest = metrics.neighbour_scores(real, gn.extract(images)["features"])
         rows.append((name, budget, reward(x, labels).mean().item(), nearest["recall"]))
         print("{:>10} {:>12} {:>8.3f} {:>7.2f} {accuracy:>9.3f} {fd_glyphs:>10.1f}".format(
-            *rows[-1], **fid.score_glyphs(images, labels)), flush=True)
+            *rows[-1], **small.score_glyphs(images, labels)), flush=True)
     draw(rows, cfg.out)
     print(f"wrote {cfg.out}")
 
