@@ -101,8 +101,9 @@ fid.FEATURES["small"] = features
 
 
 def score_glyphs(images: Tensor, labels: Tensor) -> dict:
-    """dict(fd_glyphs, floor, accuracy, n, ..) of glyphs uint8 (N, 3, s, s) with labels (N,) that are at hand."""
-    return fid.score(fid.glyph_net(), fid.ImageSet("", None, None, [(range(len(images)), images, labels)]))
+    """dict(fd_glyphs, floor, accuracy, n, ..) of glyphs at hand: uint8 (N, 3, s, s), labels (N,)."""
+    batches = [(range(len(images)), images, labels)]
+    return fid.score(fid.glyph_net(), fid.ImageSet("", None, None, batches, labels))
 
 
 @dataclasses.dataclass

@@ -593,10 +593,10 @@ def test_aligned_trains(tmp_path, encoded, monkeypatch, capsys):  # noqa: F811
         out = tmp_path / f"pixels {loss}"
         train.train(tiny_run(out, loss=loss, steps=2, encoder=SMALL_ENCODER))
         capsys.readouterr()
-        repa.main([str(out), "--n", "8"])
+        repa.main([str(out), "--n", "8", "--encoder", SMALL_ENCODER])
         lines = capsys.readouterr().out.splitlines()
         assert len(lines) == 12 and lines[1].startswith("t = 0.0   ") and 0 < float(lines[1].split()[3]) < 2
-    reg.main([str(tmp_path / "pixels reg"), "--n", "4", "--steps", "2"])
+    reg.main([str(tmp_path / "pixels reg"), "--n", "4", "--steps", "2", "--encoder", SMALL_ENCODER])
     assert "cosine of sampled tokens" in capsys.readouterr().out
     for module in (moe, repa, reg, official):
         module.main([])  # its own text
