@@ -83,7 +83,7 @@ def put(file: str, name: str, text: str) -> None:
     inspect.unwrap(operator.attrgetter(name)(module)).__code__ = codes[name]
 
 
-def tests_of(*numbers: int) -> list[str]:
+def names_of(*numbers: int) -> list[str]:
     """Names of the tests, without those whose other processes read the files."""
     names = dict.fromkeys(name for number in numbers for name in node_ids(number))
     return [name for name in names if "two_processes" not in name]
@@ -98,7 +98,7 @@ class Grades:
     def pytest_runtestloop(self, session):
         self.found["right"] = forked(self.grade, session.items)
         for number in EXERCISES:
-            items = [item for item in session.items if item.nodeid in tests_of(number)]
+            items = [item for item in session.items if item.nodeid in names_of(number)]
             for answer in ("blank", "wrong"):
                 self.found[f"{number} {answer}"] = forked(self.grade, items, number, answer)
         return True
@@ -131,7 +131,7 @@ def grade_all() -> None:
     report = Report()
     grades = Grades(report)
     with contextlib.redirect_stdout(io.StringIO()):
-        pytest.main(["-p", "no:cacheprovider", *tests_of(*EXERCISES)], [report, grades])
+        pytest.main(["-p", "no:cacheprovider", *names_of(*EXERCISES)], [report, grades])
     print(json.dumps(grades.found))
 
 
@@ -157,7 +157,7 @@ def test_exercises_tell_right_from_wrong(grades, number):
     assert all(promises(blanked[file]) <= promises(right[file]) for file in right)
     keys = "right", f"{number} blank", f"{number} wrong"
     right, blanked, wrong = ("\n".join(grades[key]) for key in keys)
-    assert right.count("passes: ") == len(tests_of(*EXERCISES)) and "fails: " not in right, right
+    assert right.count("passes: ") == len(names_of(*EXERCISES)) and "fails: " not in right, right
     assert "fails: " in blanked and f"NotImplementedError: exercise {number}: " in blanked, blanked
     assert "fails: " in wrong and "NotImplementedError" not in wrong, wrong
 
