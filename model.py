@@ -18,14 +18,13 @@ import pickle
 import zipfile
 from pathlib import Path
 
-import data
+import data  # first: what it does about Ctrl-C
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-
 
 # ---- 1. The transformer, from the outside in ----
 

@@ -34,8 +34,8 @@ from losses import expand_dims, interpolate, sample_times
 def distill(net, x: Tensor, y: Tensor, draws: data.Draws, cfg, T, grid=None) -> tuple[Tensor, dict]:
     """Guided distillation: E |u(x_t, t, w) - target|^2, w ~ U(1, omega_max), for a frozen network T
 
-    (arXiv:2210.03142, Eq. 2, Algorithms 1, 2). --nfe 0: u is T's guided velocity. --nfe N: jumps of 1 / N,
-    and the target is the average velocity of the steps of T on that way; `grid` (N, steps + 1) has its times.
+    (arXiv:2210.03142). --nfe 0, its first stage: u is T's guided velocity. --nfe N, its second: jumps of
+    1 / N, and the target is the average velocity of T's steps over the jump; `grid` (N, steps + 1): times.
 
     paper: w = 0 is no guidance, here 1; an error of the image times max(SNR, 1), here of the velocity, which
     for a network that predicts x is that error over max(t, t_min)^2.

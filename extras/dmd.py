@@ -19,7 +19,7 @@ from losses import expand_dims
 def dmd_G(G, x: Tensor, y: Tensor, draws: data.Draws, cfg, D, T) -> tuple[Tensor, dict]:
     """The generator, distribution matching: a loss with the gradient E (x_D - x_T) / mean |g - x_T| by g
 
-    (arXiv:2311.18828, Eq. 7, 8) for x_D, x_T = x_t - t v, the clean images that the samples' flow D and the
+    (arXiv:2311.18828) for x_D, x_T = x_t - t v, the clean images that the samples' flow D and the
     frozen flow T see in x_t = (1 - t) g + t n; s_D - s_T is (1 - t) / t^2 times their difference.
 
     paper: and a regression on pairs of noise and the flow's sample; here: without, as in its successor.

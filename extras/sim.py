@@ -17,7 +17,7 @@ import losses
 import model
 import sample
 from data import option
-from extras.distill import frozen
+from extras.distill import check, frozen
 from losses import expand_dims, interpolate, sample_times, velocity_target
 
 
@@ -35,9 +35,10 @@ def sim_G(G, x: Tensor, y: Tensor, draws: data.Draws, cfg, D, T) -> tuple[Tensor
     """The generator, score implicit matching:  -E w(t) <d / (|d|^2 + c^2)^(1/2), s_D - grad log q(x_t | g)>
 
     with d = s_D - s_T, the scores s = -(x_t + (1 - t) v) / t of the samples' flow D and of the frozen flow T
-    at x_t = (1 - t) g + t n, q(x_t | g) = N((1 - t) g, t^2)   (arXiv:2410.16794). D and T have constant
-    weights, but gradients go through x_t: the loss's is that of E w (|d|^2 + c^2)^(1/2), the distance of the
-    two scores. The other sign runs away from T. |.|: means over pixels. w: see `weight`.
+    at x_t = (1 - t) g + t n, q(x_t | g) = N((1 - t) g, t^2)   (arXiv:2410.16794, Sec. 3.3, pseudo-Huber). The
+    weights of D and T are frozen, but gradients go through x_t: the gradient is that of E w
+    (|d|^2 + c^2)^(1/2), the distance of the scores. The other sign runs away from T. |.|: means over pixels.
+    w: see `weight`.
 
     paper: the generator starts as the flow's answer to noise of EDM's scale 2.5; here: to noise alone, t = 1.
     """
@@ -73,11 +74,6 @@ def noised(g: Tensor, D, draws, cfg) -> tuple[Tensor, Tensor, Tensor]:
 
 
 # ---- What the loop knows of it ----
-
-
-def check(cfg) -> None:
-    if not cfg.init:
-        raise ValueError(f"--loss {cfg.loss}: which flow is it to learn from? give --init RUN")
 
 
 def inputs(role: str, cfg, source, net) -> tuple:

@@ -3,8 +3,8 @@
     python train.py --loss classifier --steps 1000 --out runs/judge
     python -m extras.tree runs/glyphs --verifier runs/judge      beside best-of-N and nearby search: a picture
 
-A tree's branches are ways of the reverse SDE (extras/sde.py) that share beginnings. A way down takes a child
-in proportion to exp(its value), or makes a new one; its reward goes up into the values of all that it passed.
+A tree's branches are trajectories of the reverse SDE (extras/sde.py) that share their first steps. A descent
+picks a child in proportion to exp(its value), or makes one; its reward updates the values on its path.
 On glyphs, 20 evaluations a sample: reward -0.98, recall 0.37; best-of-N (extras/search.py) -3.99 and 0.81.
 """
 import bisect
@@ -42,7 +42,7 @@ class Node:
 
 
 def descend(root: Node, u: list[float], room: typing.Callable) -> list[Node]:
-    """The way down to a node with fewer children than room(node, level), chosen by uniform numbers u."""
+    """The path to a node with fewer children than room(node, level), chosen by uniform numbers u."""
     path = [root]
     while (node := path[-1]).children and len(node.children) >= room(node, len(path) - 1):
         shares = list(itertools.accumulate(math.exp(child.value - node.value) for child in node.children))
@@ -95,7 +95,7 @@ class Config:
     checkpoint: str = option("", "a run of a flow that knows a null label")
     verifier: str = option("", "a run of --loss classifier; the reward is its log p(y | x)")
     n: int = option(300, "samples of each method and budget")
-    steps: int = option(10, "steps of a way from noise to data")
+    steps: int = option(10, "steps from noise to data")
     budgets: str = option("10,20,40", "evaluations of the network for a sample")
     each: int = option(10, "samples of each tree")
     out: str = option("tree.png", "the picture to write")
