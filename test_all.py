@@ -14,6 +14,7 @@ import dataclasses
 import functools
 import json
 import math
+import multiprocessing
 import os
 import pickle
 import re
@@ -1497,6 +1498,7 @@ def test_train_end_to_end(tmp_path, monkeypatch, capsys):
             asked = iter([False] * 9 + [True])
             patch.setattr(train.StopSignal, "on_any_process", lambda stop: next(asked))
             assert not train.train(cfg) and checkpoint(out)["step"] == 10
+            assert not multiprocessing.active_children()  # one that is left keeps Python from ending
         assert "scores" in train.train(dataclasses.replace(cfg, resume=True, score=100))
         assert [row["step"] for row in logged(out)] == list(range(1, 21))
         sample.main(f"{out} --n 12 --guidance 1 --device cpu --steps {steps} --out {out}/s.npz".split())

@@ -523,8 +523,7 @@ def main(argv: list[str] | None = None, **defaults) -> None:
 
 
 class StopSignal:
-    """SIGTERM, SIGHUP, Ctrl-C, or data that cannot be read: finish the step, save and leave; Ctrl-C 2 seconds
-    later: end at once."""
+    """SIGTERM, SIGHUP, Ctrl-C or unreadable data: finish the step, save, leave; a Ctrl-C 2 s later ends."""
     asked, failed, stopped = 0.0, None, 0
 
     def __init__(self, stream=(), cfg: Config | None = None):
@@ -539,6 +538,8 @@ class StopSignal:
     def __exit__(self, *_):
         for s, handler in self.before.items():
             signal.signal(s, handler)
+        if self.stream:
+            self.stream.close()  # with the workers that read ahead
 
     def note(self, number, _frame):
         self.asked = self.asked or time.monotonic()

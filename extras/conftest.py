@@ -1,5 +1,6 @@
 """`python -m pytest`, without further words, uses two processes: a second one runs the files in SECOND beside
 the others, each on one thread, and what it printed stands before the summary."""
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -26,6 +27,8 @@ def pytest_configure(config):
 
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session, exitstatus):
+    for child in multiprocessing.active_children():  # Python waits for them, and workers ignore SIGTERM
+        child.kill()
     second = getattr(session.config, "second", None)
     if second:
         if exitstatus == pytest.ExitCode.INTERRUPTED:
