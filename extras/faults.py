@@ -14,6 +14,7 @@ import re
 import signal
 import sys
 import time
+import traceback
 from pathlib import Path
 
 import numpy as np
@@ -184,6 +185,7 @@ def told(error: BaseException) -> str:
         return ""
     if dist.is_initialized():
         report(f"rank {dist.get_rank()}: {text}")
+    traceback.clear_frames(error.__traceback__)  # a progress bar there ends its line before ours
     return text
 
 
