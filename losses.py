@@ -403,7 +403,7 @@ ADVERSARIAL = dict(d_lr=option(2e-3, "learning rate of the discriminator; 0: the
                    cp=option(0.01, "weight of the penalty that centres D's values"),
                    ot=option(0.05, "weight of the transport cost at the first step"),
                    ot_end=option(0.002, "the same at the last step, half a cosine later"))
-AFM = dict(nfe=option(1, "jumps from noise to data (2: --lr 3e-5 --d_lr 1e-3); 0: any number"),
+AFM = dict(nfe=option(1, "jumps from noise to data (2: try --lr 3e-5 --d_lr 1e-3); 0: any number"),
            gp=option(0.02, "weight of the gradient penalties R1 and R2")) | ADVERSARIAL
 GAME_ON_POINTS = dict(batch=256, lr=1e-3, d_lr=1e-3, betas=(0.0, 0.9), decay=False)
 

@@ -523,7 +523,7 @@ def main(argv: list[str] | None = None, **defaults) -> None:
 
 
 class StopSignal:
-    """SIGTERM, SIGHUP, Ctrl-C or unreadable data: finish the step, save, leave; a Ctrl-C 2 s later ends."""
+    """SIGTERM, SIGHUP, Ctrl-C or unreadable data: finish the step, save, leave; Ctrl-C 2 s later: end."""
     asked, failed, stopped = 0.0, None, 0
 
     def __init__(self, stream=(), cfg: Config | None = None):

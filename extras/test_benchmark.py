@@ -332,8 +332,8 @@ def test_benchmark_run_alone(tmp_path):
     flags = "--device", "cpu", "--size", "tiny", "--out", f"{tmp_path}/b.json"
     attention_table.main([*flags, "--minutes", "-1"])
     assert len(strict(tmp_path / "b.json")["parts"]["attention"]["rows"]) == 3
-    done = run(*TWO[:-1], "-m", "extras.benchmark", *flags, "--only", "attention")
+    done = run(*TWO[:-1], "-m", "extras.benchmark", *flags, "--only", "attention,step")
     report = strict(tmp_path / "b.json")
     assert done.returncode == 0 and report["machine"]["processes"] == 2, done.stderr
-    assert [len(part["rows"]) for part in report["parts"].values()] == [3]
+    assert [len(part["rows"]) for part in report["parts"].values()] == [3, 3]
     assert not [row for part in report["parts"].values() for row in part["rows"] if "figures" not in row]
