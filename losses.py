@@ -21,8 +21,7 @@ Time runs from data (t = 0) to noise (t = 1): x_t = (1 - t) x + t e with e ~ N(0
     loss   scalar float32 tensor;  logs: dict of scalar tensors, columns of log.jsonl
 
 Each has the same four paragraphs: times, point, target, distance. An adversarial method is a pair, D's and
-G's: the network that the loss trains comes first, the other last. `register` tells the loop the rest. More
-are files of extras/, and `--loss FILE.py:NAME` is one of yours.
+G's, with the network that the loss trains first. `register` tells the loop the rest; more are in extras/.
 
 `python losses.py` trains each on a 1-D mixture whose flow is known: errors and a picture.
 """
@@ -200,14 +199,15 @@ def is_jump(draws, cfg) -> Tensor:
 
 
 def two_times(draws, cfg) -> tuple[Tensor, Tensor]:
-    """The times (t, r) of a jump, the larger and the smaller of two draws, or r = t from `sample_times`.
+    """The times (t, r) of a jump, the larger and the smaller of two draws of `jump_time`; or r = t of `time`.
 
-    paper: in its code velocities, too, have the larger of two draws; here: one, or those near the data would
-    not be learned, and jumps may have their own distribution, `jump_time`."""
+    paper: in its code velocities, too, have the larger of two draws, so that few are near the data, and jumps
+    start anywhere; here: at `jump_low` or above, as the few below dull what the network draws there."""
     draw = data.lookup(TIMES, (cfg.jump_time or cfg.time).partition(":")[0], "--jump_time")
-    one, other = (draw(draws.uniform(purpose), draws, cfg) for purpose in ("jump's start", "jump's end"))
-    jumps, t = is_jump(draws, cfg), sample_times(draws, cfg)
-    return torch.where(jumps, torch.maximum(one, other), t), torch.where(jumps, torch.minimum(one, other), t)
+    both = [draw(draws.uniform(purpose), draws, cfg) for purpose in ("jump's start", "jump's end")]
+    jump = torch.stack(both).sort(0, descending=True).values   # (2, B)
+    jump = jump * (cfg.jump_low / jump[0] + 1 - cfg.jump_low)  # a start s: low + (1 - low) s
+    return torch.where(is_jump(draws, cfg), jump, sample_times(draws, cfg)).unbind()
 
 
 def adaptive(error: Tensor, p: float, c: float) -> Tensor:
@@ -232,10 +232,11 @@ def flow_map(cfg) -> dict:
 JUMP_OR_FLOW = "jump or flow"  # the draw that decides it
 JUMPS = dict(jumps=option(0.5, "share of samples that learn a jump; others learn the velocity"),
              jump_time=option("uniform", "times that jumps join, one of --time's; empty: the same"),
+             jump_low=option(0.2, "jumps start here or nearer to the noise; 0: anywhere"),
              p=option(1.0, "a sample's loss l is divided by (l + c)^p, detached; 0: least squares"))
 FROM_FLOW = dict(steps=3000, lr=1e-3, sample_steps=1)
 FROM_SCRATCH = dict(steps=4000, lr=4e-3)
-JUMP_POINTS = dict(steps=2500, ema=0.99, p=0.0)
+JUMP_POINTS = dict(steps=2500, ema=0.99, p=0.0, jump_low=0.0)
 
 register("meanflow", meanflow, flags=JUMPS, defaults=FROM_FLOW, scratch=FROM_SCRATCH, sampling=flow_map,
          check=lambda cfg: check_jumps(cfg), network=lambda cfg, source: dict(times=2), points=JUMP_POINTS)

@@ -688,16 +688,20 @@ def test_losses_times_and_dropped_labels():
 
 def test_losses_times_of_jumps_and_velocities():
     """Jumps go from the larger to the smaller of two draws of --jump_time; a velocity has the one draw that
-    fm has, not the larger of two, in which times near the data are rare."""
+    fm has, not the larger of two, in which times near the data are rare. Starts s become low + (1 - low) s,
+    and the share of the way to the data that a jump goes is the same."""
     draws, own = data.Draws(0, range(4000)), dict(time_mean=0.8, time_std=0.5, init="a flow")
     for jump_time, one in (("uniform", 1 / 2), ("", 0.681)):
-        cfg = train.configure("meanflow", jumps=0.5, jump_time=jump_time, **own)
+        cfg = train.configure("meanflow", jumps=0.5, jump_time=jump_time, jump_low=0.0, **own)
         (t, r), fm = losses.two_times(draws, cfg), losses.sample_times(draws, cfg)
         flow = r == t
         assert torch.equal(t[flow], fm[flow]) and abs(flow.float().mean() - 0.5) < 0.03
         assert (t > r)[~flow].all() and abs((t + r)[~flow].mean() / 2 - one) < 0.01
         gap = {"uniform": 1 / 3, "": 0.119}[jump_time]
         assert abs((t - r)[~flow].mean() - gap) < 0.01
+        s, end = losses.two_times(draws, dataclasses.replace(cfg, jump_low=0.3))
+        assert torch.equal(s[flow], t[flow]) and torch.allclose(s[~flow], 0.3 + 0.7 * t[~flow])
+        assert torch.allclose((end / s)[~flow], (r / t)[~flow])
 
 
 def test_losses_consistency_has_its_boundary():

@@ -350,8 +350,7 @@ def save_checkpoint(out, step: int, began: float, cfg, nets, opts, ema, processe
 
 def resume(cfg: Config, source: data.Dataset, nets, opts, ema, processes) -> tuple[int, float]:
     """(step, seconds so far) of last.pt, loaded into networks, optimizers and EMA."""
-    path = Path(cfg.out) / "last.pt"
-    content = model.read_checkpoint(path)
+    content = model.read_checkpoint(path := Path(cfg.out) / "last.pt")
     check_resume(path, content, cfg, source)
 
     model.load_weights(ema, content["ema"], path, processes.scatter)

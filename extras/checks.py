@@ -25,7 +25,7 @@ import sample
 # The lowest and the highest value of numeric flags, and one more; others are finite and 0 or more.
 BOUNDS = dict.fromkeys("""steps n batch accumulation log_every save_every sample_steps doublings d_steps
                        candidates bank repeat best_of rounds stage shard omega_max""".split(), (1, 10 ** 9))
-BOUNDS |= dict.fromkeys("""ema label_drop beta1 beta2 jumps augment cg_time guide_until stitch_share
+BOUNDS |= dict.fromkeys("""ema label_drop beta1 beta2 jumps jump_low augment cg_time guide_until stitch_share
                         guidance_low guidance_high""".split(), (0, 1))
 BOUNDS |= dict.fromkeys(("time_mean", "kappa", "seed", "minutes"), (-2.0 ** 63, 2.0 ** 63))
 BOUNDS |= dict.fromkeys(("shift", "rho", "data_std", "interval"), (0.001, 1000))

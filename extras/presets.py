@@ -22,8 +22,8 @@ CAFM = dict(loss="cafm", lr=1e-5, beta1=0.0, beta2=0.95, ema=0.99, d_steps=16, c
             d_lr=0.0, ot=0.0, ot_end=0.0)
 AFM = dict(loss="afm", beta1=0.0, beta2=0.9, weight_decay=0.01, label_drop=0.0, gp=0.25, cp=0.01,
            d_lr=0.0, steps=1_000_000)
-JUMPS = dict(time="logit_normal", time_std=1.0, jump_time="", jumps=0.25, p=1.0, sample_steps=1,
-             steps=1_200_960)
+JUMPS = dict(time="logit_normal", time_std=1.0, jump_time="", jump_low=0.0, jumps=0.25, p=1.0,
+             sample_steps=1, steps=1_200_960)
 ALIGNED = dict(time="uniform", clip=1.0, align=0.5, align_block=8, mirror="off", steps=4_000_000)
 
 PRESETS = {  # name: (where its settings were read, the settings)

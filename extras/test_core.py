@@ -261,7 +261,7 @@ def assert_composition(name, **changes) -> None:
     alone, label_drop of all; a jump's t and r are the larger and smaller of two logit-normal draws."""
     n, net = 4000, ByLabel(0., 0., 0.)
     cfg = train.configure(name, jumps=0.3, label_drop=0.2, time_mean=-0.4, time_std=1.0, jump_time="",
-                          **changes)
+                          jump_low=0.0, **changes)
     losses.find(name).G(net, torch.randn(n, 1, 1, 1), torch.arange(n) % 2, data.Draws(0, range(n)), cfg)
     (t, r, y), = net.seen
     jumps, null = r < t, y == 2

@@ -702,7 +702,7 @@ def test_refusals(tmp_path):
 def test_defaults():
     """The settings that each method brings along, from a flow and from scratch, and what it asks of the
     network."""
-    from_flow = dict(lr=1e-3, sample_steps=1, jump_time="uniform")
+    from_flow = dict(lr=1e-3, sample_steps=1, jump_time="uniform", jump_low=0.2)
     for loss, settings in (
             ("pafm", dict(candidates=16, bank=256, time_mean=0.8, label_drop=0.1)),
             ("imf", dict(jumps=0.5, p=1.0, head=0, omega_max=1.0, **from_flow)),
