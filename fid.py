@@ -1,8 +1,8 @@
 """Frechet distances between image sets, each printed with its protocol.
 
-    python fid.py RUN glyphs --features glyphs --num 1000  samples of a run against real digits
-    python fid.py GENERATED REFERENCE                      FID; --weights fid: comparable with papers
-    python fid.py IMAGES --save_stats OUT.npz              statistics, to stand for IMAGES later
+    python fid.py RUN glyphs --features glyphs --num 1000    samples of a run against real digits
+    python fid.py GENERATED REFERENCE           FID; --weights fid: comparable with papers
+    python fid.py IMAGES --save_stats OUT.npz   statistics, to stand for IMAGES later
 
 GENERATED, REFERENCE: what data.py reads, an npz of statistics (mu, sigma), a run or checkpoint (it samples
 --num images), or from Python an iterable of uint8 batches.
@@ -303,13 +303,6 @@ def frechet(gen: ImageSet, ref: ImageSet, names, net, name: str = "fid", need: t
 
 METRICS = {"fid": Metric(frechet, numbered=True)}  # extras/ adds to both tables
 FEATURES = {"glyphs": lambda weights, resize, device: glyph_net().to(device)}
-
-
-def __getattr__(name: str):
-    """fid.InceptionV3 and fid.load_inception are those of extras/inception.py."""
-    if name.startswith("_"):
-        raise AttributeError(name)
-    return getattr(data.extra("inception", f"fid.{name}"), name)
 
 
 def find_metrics(text: str, net: nn.Module) -> list[str]:

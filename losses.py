@@ -23,7 +23,7 @@ Time runs from data (t = 0) to noise (t = 1): x_t = (1 - t) x + t e with e ~ N(0
 Each has the same four paragraphs: times, point, target, distance. An adversarial method is a pair, D's and
 G's, with the network that the loss trains first. `register` tells the loop the rest; more are in extras/.
 
-`python losses.py` trains each on a 1-D mixture whose flow is known: errors and a picture.
+`python losses.py` trains each on a 1-D mixture of known flow: errors and a picture.
 """
 import math
 import runpy
@@ -54,6 +54,7 @@ class Objective:
     flags: dict = field(default_factory=dict)     # its own settings: name -> option(..)
     defaults: dict = field(default_factory=dict)  # shared settings in which it differs from fm
     scratch: dict | None = None                   # where it wants a flow: its settings without --init
+    variant: Callable = lambda given: {}          # and those that follow from others
     network: Callable = lambda cfg, source: {}    # what it asks of model.create
     discriminator: Callable = lambda cfg, G: model.discriminator(G.config)
     inputs: Callable = lambda role, cfg, source, net: ()  # further arguments of that role's loss
@@ -201,12 +202,12 @@ def is_jump(draws, cfg) -> Tensor:
 def two_times(draws, cfg) -> tuple[Tensor, Tensor]:
     """The times (t, r) of a jump, the larger and the smaller of two draws of `jump_time`; or r = t of `time`.
 
-    paper: in its code velocities, too, have the larger of two draws, so that few are near the data, and jumps
-    start anywhere; here: at `jump_low` or above, as the few below dull what the network draws there."""
+    paper: in its code velocities have the larger of two draws, too, few near the data, and jumps start
+    anywhere; here: from `jump_low` on, as the few below dull what the network draws there."""
     draw = data.lookup(TIMES, (cfg.jump_time or cfg.time).partition(":")[0], "--jump_time")
     both = [draw(draws.uniform(purpose), draws, cfg) for purpose in ("jump's start", "jump's end")]
-    jump = torch.stack(both).sort(0, descending=True).values   # (2, B)
-    jump = jump * (cfg.jump_low / jump[0] + 1 - cfg.jump_low)  # a start s: low + (1 - low) s
+    jump = torch.stack(both).sort(0, descending=True).values  # (2, B)
+    jump *= cfg.jump_low / jump[0] + 1 - cfg.jump_low  # a start s: low + (1 - low) s
     return torch.where(is_jump(draws, cfg), jump, sample_times(draws, cfg)).unbind()
 
 
@@ -366,7 +367,7 @@ def every_fourth(draws, device) -> Tensor:
 class NormaliseGradient(torch.autograd.Function):
     """Identity; its gradient g is divided by the root of `square` <- 0.9 square + 0.1 |g|^2 numel, in place.
 
-    Then the rms of g is 1 / numel, whatever D's scale (AFM, arXiv:2511.22475, Eq. 23, with the root of the
+    Then the rms of g is 1 / numel, whatever D's scale (arXiv:2511.22475, Eq. 23, with the root of the
     official code). `square`: a scalar, 0 at first; |g|^2 is averaged over processes."""
 
     @staticmethod
@@ -394,6 +395,12 @@ def times_of(nfe: int) -> int:
     return {0: 2, 1: 0}.get(nfe, 1)
 
 
+def slow_rates(given: dict) -> dict:
+    """For several jumps: late ones differ less to D, which `NormaliseGradient` hides."""
+    nfe = str(given.get("nfe", 1))
+    return dict(lr=6e-5 / (int(nfe) or 10), d_lr=1e-3) if nfe.isdigit() and nfe != "1" else {}
+
+
 def afm_discriminator(cfg, G) -> nn.Module:
     norm = "layer" if G.config["norm"] == "rms" else G.config["norm"]
     return model.discriminator(G.config, times=min(1, times_of(cfg.nfe)), norm=norm)
@@ -404,7 +411,7 @@ ADVERSARIAL = dict(d_lr=option(2e-3, "learning rate of the discriminator; 0: the
                    cp=option(0.01, "weight of the penalty that centres D's values"),
                    ot=option(0.05, "weight of the transport cost at the first step"),
                    ot_end=option(0.002, "the same at the last step, half a cosine later"))
-AFM = dict(nfe=option(1, "jumps from noise to data (2: try --lr 3e-5 --d_lr 1e-3); 0: any number"),
+AFM = dict(nfe=option(1, "jumps from noise to data; 0: any number"),
            gp=option(0.02, "weight of the gradient penalties R1 and R2")) | ADVERSARIAL
 GAME_ON_POINTS = dict(batch=256, lr=1e-3, d_lr=1e-3, betas=(0.0, 0.9), decay=False)
 
@@ -412,7 +419,7 @@ register("afm", afm_G, afm_D, turn=lambda step, cfg: "DG"[step % 2], flags=AFM,
          alarm=lambda row, first: game_alarm(row, first, indifferent=math.log(2), won=0.05),
          defaults=dict(steps=2400, lr=6e-5, decay="constant", beta1=0.0, beta2=0.9, weight_decay=0.01,
                        clip=0.0, ema=0.99, label_drop=0.0),
-         scratch={}, check=lambda cfg: check_afm(cfg), discriminator=afm_discriminator,
+         scratch={}, variant=slow_rates, check=lambda cfg: check_afm(cfg), discriminator=afm_discriminator,
          network=lambda cfg, source: dict(times=times_of(cfg.nfe)),
          sampling=lambda cfg: flow_map(cfg) | (dict(steps=cfg.nfe) if cfg.nfe else {}),
          points=GAME_ON_POINTS | dict(steps=1500, ema=0.99, gp=0.05, ot=0.2, ot_end=0.05))

@@ -1,10 +1,10 @@
 """Training: one loop for every objective, on one process or many.
 
-    python train.py                                    flow matching on glyphs: minutes on a laptop's CPU
+    python train.py                          flow matching on glyphs: minutes on a laptop's CPU
     python train.py --loss cafm --init runs/glyphs --out runs/cafm      --loss NAME --help: its settings
     python train.py --data FOLDER --size 64 --model SiT-S/4 --predict x --out runs/mine
-    torchrun --nproc_per_node=2 train.py ..            the same run, shared by two processes
-    python train.py .. --resume                        go on where a run stopped, bit for bit
+    torchrun --nproc_per_node=2 train.py ..  the same run, shared by two processes
+    python train.py .. --resume              go on where a run stopped, bit for bit
 """
 import argparse
 import ast
@@ -93,13 +93,14 @@ def config_class(loss: str) -> type:
 
 def configure(loss: str = "fm", **settings) -> Config:
     """An objective's defaults, changed by `settings`."""
-    return config_class(loss)(**usual(loss, settings.get("init")) | settings | dict(loss=loss))
+    return config_class(loss)(**usual(loss, settings) | settings | dict(loss=loss))
 
 
-def usual(loss: str, init: str | None) -> dict:
-    """Settings in which the objective differs from fm, from a flow (--init) or from scratch."""
+def usual(loss: str, given: dict) -> dict:
+    """Settings in which the objective differs from fm, given these."""
     objective = losses.find(loss)
-    return objective.defaults | ({} if init else objective.scratch or {})
+    start = {} if given.get("init") else objective.scratch or {}
+    return objective.defaults | start | objective.variant(given)
 
 
 def learning_rate(step: int, cfg: Config, role: str = "G") -> float:
@@ -491,7 +492,7 @@ def finish(ema: nn.Module, cfg: Config, began: float, codec, source, judge) -> d
 def read_settings(argv: list[str] | None, **defaults) -> Config:
     """The settings of a command line; with --resume, the run's, changed by flags given now."""
     given = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name, default in dict(loss="", init="", data="", out=defaults.get("out", "")).items():
+    for name, default in dict(loss="", init="", data="", nfe="", out=defaults.get("out", "")).items():
         given.add_argument(f"--{name}", default=default)
     given.add_argument("--resume", action="store_true")
     asked, _ = given.parse_known_args(argv)
@@ -501,9 +502,8 @@ def read_settings(argv: list[str] | None, **defaults) -> Config:
     was, code = without_code(was, asked, last)
     loss = asked.loss or was.get("loss") or defaults.get("loss", "fm")
     objective, kind = losses.find(loss), config_class(loss)
-    known = usual(loss, asked.init or was.get("init")) | defaults
-    known |= {k: v for k, v in was.items() if hasattr(kind, k)} | dict(loss=loss)
-    known |= {k: v for k, v in vars(asked).items() if v}
+    named = was | {k: v for k, v in vars(asked).items() if v} | dict(loss=loss)
+    known = usual(loss, named) | defaults | {k: v for k, v in named.items() if hasattr(kind, k)}
     takers = getattr(data.optional("notes"), "takers", lambda flag: "")
     cfg = data.parse(kind, argv, __doc__, own=tuple(objective.flags), elsewhere=takers, **known)
     return check_code(cfg, code, last)

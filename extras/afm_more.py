@@ -164,8 +164,8 @@ FLAGS = dict(repeats=option(0, "a deep generator, its blocks run this often; 0: 
              cg_time=option(0.1, "--nfe 1: samples are noised up to this time for the classifier"))
 
 losses.register("afm_more", afm_more_G, afm_more_D, turn=AFM.turn, alarm=AFM.alarm, defaults=AFM.defaults,
-                flags=FLAGS | flag(0.0) | AFM.flags, network=network, discriminator=AFM.discriminator,
-                inputs=inputs, check=check, sampling=AFM.sampling, rate=rate)
+                variant=AFM.variant, flags=FLAGS | flag(0.0) | AFM.flags, network=network, rate=rate,
+                discriminator=AFM.discriminator, inputs=inputs, check=check, sampling=AFM.sampling)
 
 
 @dataclasses.dataclass

@@ -1,9 +1,9 @@
 """InceptionV3, the feature network of the FID: `python fid.py GENERATED REFERENCE` measures with it.
 
 In two flavours, told by their files: torchvision's, and "fid", the 2015-12-05 graph that published FIDs are
-made with (Heusel et al., arXiv:1706.08500). Importing this file adds "inception" to `fid.FEATURES`;
-fid.InceptionV3 and fid.load_inception are those of this file. The blocks are in extras/inception_blocks.py,
-files of statistics in extras/stored.py. Nothing is ever downloaded: a missing file is explained.
+made with (Heusel et al., arXiv:1706.08500). Importing this file adds "inception" to `fid.FEATURES`.
+The blocks are in extras/inception_blocks.py, files of statistics in extras/stored.py. Nothing is ever
+downloaded: a missing file is explained.
 
 Checked (2 CPU cores, 2026-11-21): formula weights give the numbers of torchvision's class, and of
 pytorch-fid's, to 1e-7 of the rms, also folded; one random state dict gives those of torchvision and

@@ -411,6 +411,16 @@ def test_afm_more_without_more_is_afm():
         assert same(afm_more.afm_more_G(G, x, y, draws, cfg, D), losses.afm_G(G, x, y, draws, cfg, D))
 
 
+def test_afm_rates_follow_the_number_of_jumps():
+    """Several jumps have slower rates, from code and from the command line, unless rates are given."""
+    for nfe, *want in ((1, 6e-5, 2e-3), (2, 3e-5, 1e-3), (4, 1.5e-5, 1e-3), (0, 6e-6, 1e-3)):
+        for loss in ("afm", "afm_more"):
+            made = train.configure(loss, nfe=nfe), train.read_settings(["--loss", loss, f"--nfe={nfe}"])
+            assert all((cfg.lr, cfg.d_lr, cfg.nfe) == (*want, nfe) for cfg in made), (loss, nfe)
+    made = train.configure("afm", nfe=2, lr=7e-5), train.read_settings("--loss afm --nfe 2 --lr 7e-5".split())
+    assert all((cfg.lr, cfg.d_lr) == (7e-5, 1e-3) for cfg in made)
+
+
 def test_afm_augments_pairs_alike():
     """Where jumps end at the data themselves D cannot tell, also through augmentation: ln 2 for both; D
     does see it, and the transport cost does not."""

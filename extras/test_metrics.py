@@ -485,8 +485,6 @@ def test_inception_has_the_names_and_sizes_of_the_files():
         unit, (*_, high, wide) = name.split(".")[-3], shapes[name]
         assert (high < wide, high > wide) == (unit in rows, unit in columns), name
     assert shapes["fc.weight"] == (1008, 2048)
-    assert fid.InceptionV3 is inception.InceptionV3 and fid.load_inception is inception.load_inception
-    assert not hasattr(fid, "NoSuchThing")
 
 
 def test_inception_golden():
@@ -494,7 +492,7 @@ def test_inception_golden():
     wave, and so they do with folded normalisation in channels-last memory; an image does not depend on its
     batch."""
     x, seen = wave((2, 3, 299, 299), .0137), []
-    net = fid.InceptionV3(golden_file("torchvision"))
+    net = inception.InceptionV3(golden_file("torchvision"))
     net.train()
     out = net.outputs(x)
     assert net.flavour == "torchvision" and not net.training
@@ -503,7 +501,7 @@ def test_inception_golden():
     close(summary(out["logits"] + net.fc.bias, [0, 1, 666, 1000, 1999]),
           [0.0038307788, 0.6621285819, -0.8854402900, -0.9017716050, -0.8211702108, -0.8854588866,
            0.8038506508])
-    net = fid.InceptionV3(golden_file("fid"))
+    net = inception.InceptionV3(golden_file("fid"))
     out = net.outputs(x)
     assert net.flavour == "fid"
     close(summary(out["features"], [0, 1, 1365, 2048, 4095]),
@@ -556,7 +554,7 @@ def test_inception_pooling():
 
 def test_inception_precision():
     """Features of float32 are those of float64 to 1e-5 of the rms, in a small image; no gradient is kept."""
-    net, x = fid.InceptionV3(golden_file("fid")), wave((1, 3, 107, 107), .0137)
+    net, x = inception.InceptionV3(golden_file("fid")), wave((1, 3, 107, 107), .0137)
     out = net.outputs(x)
     for name, wide in net.double().outputs(x.double()).items():
         assert wide.dtype == torch.float64 and not out[name].requires_grad
@@ -569,21 +567,21 @@ def test_inception_preprocessing():
     image = data.glyphs(1)[0]
     torch.manual_seed(0)
     for resize, function in inception.RESIZES.items():
-        net = fid.InceptionV3(flavour="fid", resize=resize)
+        net = inception.InceptionV3(flavour="fid", resize=resize)
         x, seen = function(image), []
         hook = net.Conv2d_1a_3x3.register_forward_hook(lambda module, args, result: seen.append(args[0]))
         got = net(image)
         hook.remove()
         assert torch.equal(seen[0], x / 127.5 - 1 if resize == "pytorch" else (x - 128) / 128)
         assert got.dtype == torch.float32 and got.shape == (1, 2048) and net.resize.startswith(resize)
-    assert fid.InceptionV3(flavour="fid").resize == "tf1 to 299, (x-128)/128"
-    assert fid.InceptionV3(flavour="torchvision").resize == "tf1 to 299, x/127.5-1"
+    assert inception.InceptionV3(flavour="fid").resize == "tf1 to 299, (x-128)/128"
+    assert inception.InceptionV3(flavour="torchvision").resize == "tf1 to 299, x/127.5-1"
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(net(image), got)
     raises(lambda: net(image.float()), "data.to_uint8", "float32")
     for wrong in (image[:, :1], image[0].permute(1, 0, 2)):
         raises(lambda: net(wrong), "(N, 3, h, w)")
-    raises(lambda: fid.InceptionV3(resize="bilinear"), "--resize bilinear", "tf1, pytorch, clean")
+    raises(lambda: inception.InceptionV3(resize="bilinear"), "--resize bilinear", "tf1, pytorch, clean")
 
 
 def test_inception_resize_rules():
@@ -617,32 +615,32 @@ def test_inception_resize_rules():
 
 def test_inception_weights_files_that_cannot_be_used(tmp_path, capsys):
     """Missing, cut, foreign, incomplete and wrongly named weights are one-line errors that say what to do."""
-    raises(lambda: fid.load_inception("torchvision"), CACHE, "0cc3c7bd", "108,949,747",
+    raises(lambda: inception.load_inception("torchvision"), CACHE, "0cc3c7bd", "108,949,747",
            "https://download.pytorch.org/models/inception_v3_google-0cc3c7bd.pth")
-    raises(lambda: fid.load_inception("fid"), "95,628,359", "6726825d0af5f729", "mseitzer")
+    raises(lambda: inception.load_inception("fid"), "95,628,359", "6726825d0af5f729", "mseitzer")
     half = Path(CACHE) / "pt_inception-2015-12-05-6726825d.pth"
     half.write_bytes(b"half")
-    raises(lambda: fid.load_inception("fid"), "4 bytes", "incomplete")
+    raises(lambda: inception.load_inception("fid"), "4 bytes", "incomplete")
     inception.main()
     assert f"{half} is there" in (out := capsys.readouterr().out) and "0cc3c7bd.pth is not there" in out
     half.unlink()
-    raises(lambda: fid.load_inception("no.pth"), "no.pth", "torchvision")
+    raises(lambda: inception.load_inception("no.pth"), "no.pth", "torchvision")
     whole = golden_file("fid")
-    raises(lambda: fid.InceptionV3(whole, "torchvision"), "fid weights, not torchvision", "1008")
+    raises(lambda: inception.InceptionV3(whole, "torchvision"), "fid weights, not torchvision", "1008")
     (tmp_path / "cut.pth").write_bytes(whole.read_bytes()[:1_000_000])
-    raises(lambda: fid.InceptionV3(tmp_path / "cut.pth"), "cut.pth", "incomplete")
+    raises(lambda: inception.InceptionV3(tmp_path / "cut.pth"), "cut.pth", "incomplete")
     state = torch.load(whole, weights_only=True)
     torch.save({"fc.weight": torch.zeros(10, 2048)}, tmp_path / "ten.pth")
-    raises(lambda: fid.InceptionV3(tmp_path / "ten.pth"), "1000 or 1008")
+    raises(lambda: inception.InceptionV3(tmp_path / "ten.pth"), "1000 or 1008")
     state.pop("Mixed_6a.branch3x3.bn.running_var")
     torch.save(state, tmp_path / "less.pth")
-    raises(lambda: fid.InceptionV3(tmp_path / "less.pth"), "Mixed_6a.branch3x3.bn.running_var")
+    raises(lambda: inception.InceptionV3(tmp_path / "less.pth"), "Mixed_6a.branch3x3.bn.running_var")
     raises(lambda: fid.main([str(tmp_path), str(tmp_path)]), "inception_v3_google-0cc3c7bd.pth")
 
 
 def test_inception_names_of_scores():
     """fid only for the 2015-12-05 weights and 50,000 images, and other weights say so in every name."""
-    nets = [fid.InceptionV3(flavour=flavour) for flavour in ("fid", "torchvision")]
+    nets = [inception.InceptionV3(flavour=flavour) for flavour in ("fid", "torchvision")]
     for name, n, *want in (("fid", 50_000, "fid", "fid_torchvision"),
                            ("fid", 5000, "fid5k", "fid5k_torchvision"),
                            ("sfid", 49_999, "sfid49999", "sfid49999_torchvision"),
@@ -661,7 +659,7 @@ def test_inception_end_to_end(tmp_path, capsys):
     fid.main([npz, *flags.split()])
     assert torch.equal(torch.random.get_rng_state(), state)
     printed = capsys.readouterr()
-    got, net = json.loads(printed.out), fid.InceptionV3(weights)
+    got, net = json.loads(printed.out), inception.InceptionV3(weights)
     assert "not comparable with published FIDs" in printed.err
     assert got["features"] == f"inception torchvision {digest(weights)[:8]}" and got["size"] == [32, 32]
     assert got["resize"] == net.resize and got["n"] == 6
