@@ -182,8 +182,8 @@ FLAGS = losses.JUMPS | dict(
     head=option(0, "blocks that the velocity head has for itself; 0: no head, the boundary form"),
     omega_max=option(1.0, "the network is conditioned on a guidance scale from 1 to this; 1: it is not"))
 
-losses.register("imf", imf, flags=FLAGS, defaults=losses.FROM_FLOW, scratch=losses.FROM_SCRATCH,
-                check=check_imf, network=network,
+losses.register("imf", imf, flags=FLAGS, defaults=losses.FROM_FLOW | dict(jumps=0.35),
+                scratch=losses.FROM_SCRATCH, check=check_imf, network=network,
                 sampling=lambda cfg: dict(solver="euler") if cfg.omega_max > 1 else losses.flow_map(cfg),
                 points=losses.JUMP_POINTS | dict(head=1, kind=TwoVelocities))
 

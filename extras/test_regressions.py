@@ -705,7 +705,7 @@ def test_defaults():
     from_flow = dict(lr=1e-3, sample_steps=1, jump_time="uniform", jump_low=0.2)
     for loss, settings in (
             ("pafm", dict(candidates=16, bank=256, time_mean=0.8, label_drop=0.1)),
-            ("imf", dict(jumps=0.5, p=1.0, head=0, omega_max=1.0, **from_flow)),
+            ("imf", dict(jumps=0.35, p=1.0, head=0, omega_max=1.0, **from_flow)),
             ("soflow", dict(jumps=0.5, p=1.0, amp="off", omega=1.0, **from_flow)),
             ("shortcut", dict(jumps=0.5, finest=32, omega=1.0, sample_steps=1)),
             ("scm", dict(lr=1e-3, label_drop=0.0, time_mean=-1.0, time_std=1.4, data_std=0.42)),
