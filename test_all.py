@@ -610,7 +610,7 @@ def test_model_checkpoints_load_or_are_explained(tmp_path, monkeypatch):
 def on_points(name, **changes):
     """The settings of an objective: its flags' defaults, least squares at uniform times, and the changes."""
     flags = {flag: field.default for flag, field in losses.find(name).flags.items()}
-    rest = dict(steps=10_001, batch=1, time="uniform", label_drop=0.0, p=0.0, jumps=0.5, seed=0)
+    rest = dict(steps=10_001, batch=1, time="uniform", label_drop=0.0, p=0.0, jumps=0.5, jump_low=0.0, seed=0)
     return types.SimpleNamespace(**flags | rest | changes)
 
 
