@@ -161,7 +161,7 @@ for size, (width, depth, heads, bottleneck) in SIZES.items():
         model.ZOO[f"JiT-{size}/{patch}"] = JIT | dict(
             input_size=16 * patch, patch=patch, width=width, depth=depth, heads=heads, bottleneck=bottleneck,
             context_start=depth // 3)
-model.ZOO["JiT-glyph"] = model.ZOO["glyph-S"] | JIT | dict(bottleneck=64, context=4, context_start=1)
+model.ZOO["JiT-glyph"] = model.ZOO["glyph-S"] | JIT | dict(bottleneck=128, context=4, context_start=1)
 
 if __name__ == "__main__":
     data.run_cli(model.main)

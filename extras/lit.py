@@ -7,9 +7,9 @@ f(q) (f(k)^T v), which costs N; a convolution of v makes up for the neighbourhoo
     python -m extras.lit                                                 the zoo with these networks
 
 `--init` of a SiT file or run gives the network all weights but those of attention, as in the paper. paper:
-few heads, and distillation of a teacher; here: SiT's heads, and the loss of the run. At the 256 tokens of
-LiT-XL/2 it saves 2 % of the multiply-adds; it is for larger images. Nothing was trained at this size: not
-checked yet.
+few heads, and distillation of a teacher; here: SiT's heads (two in LiT-glyph), the loss of the run. At the
+256 tokens of LiT-XL/2 it saves 2 % of the multiply-adds; it is for larger images. Nothing was trained at this
+size: not checked yet.
 """
 import math
 
@@ -65,7 +65,7 @@ class LiT(model.Part):
 
 for size in model.SIZES:
     model.ZOO[f"LiT-{size}/2"] = model.ZOO[f"SiT-{size}/2"] | dict(parts=["lit.LiT"])
-model.ZOO["LiT-glyph"] = model.ZOO["glyph-S"] | dict(parts=["lit.LiT"])
+model.ZOO["LiT-glyph"] = model.ZOO["glyph-S"] | dict(parts=["lit.LiT"], heads=2)
 
 if __name__ == "__main__":
     data.run_cli(model.main)
