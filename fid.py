@@ -1,8 +1,8 @@
 """Frechet distances between image sets, each printed with its protocol.
 
-    python fid.py RUN glyphs --features glyphs --num 1000    samples of a run against real digits
-    python fid.py GENERATED REFERENCE           FID; --weights fid: comparable with papers
-    python fid.py IMAGES --save_stats OUT.npz   statistics, to stand for IMAGES later
+    python fid.py RUN glyphs --features glyphs --num 1000  a run against real digits
+    python fid.py GENERATED REFERENCE                      FID; --weights fid: comparable with papers
+    python fid.py IMAGES --save_stats OUT.npz              statistics, for later use
 
 GENERATED, REFERENCE: what data.py reads, an npz of statistics (mu, sigma), a run or checkpoint (it samples
 --num images), or from Python an iterable of uint8 batches.

@@ -202,8 +202,8 @@ def is_jump(draws, cfg) -> Tensor:
 def two_times(draws, cfg) -> tuple[Tensor, Tensor]:
     """The times (t, r) of a jump, the larger and the smaller of two draws of `jump_time`; or r = t of `time`.
 
-    paper: in its code velocities have the larger of two draws, too, few near the data, and jumps start
-    anywhere; here: from `jump_low` on, as the few below dull what the network draws there."""
+    paper: its code gives velocities the larger of two draws, too, and jumps any start; here: velocities have
+    one draw, and jumps start at `jump_low` or above, as the few below dull images near the data."""
     draw = data.lookup(TIMES, (cfg.jump_time or cfg.time).partition(":")[0], "--jump_time")
     both = [draw(draws.uniform(purpose), draws, cfg) for purpose in ("jump's start", "jump's end")]
     jump = torch.stack(both).sort(0, descending=True).values  # (2, B)
@@ -396,7 +396,7 @@ def times_of(nfe: int) -> int:
 
 
 def slow_rates(given: dict) -> dict:
-    """For several jumps: late ones differ less to D, which `NormaliseGradient` hides."""
+    """Learning rates for several jumps, found on glyphs (extras/README.md)."""
     nfe = str(given.get("nfe", 1))
     return dict(lr=6e-5 / (int(nfe) or 10), d_lr=1e-3) if nfe.isdigit() and nfe != "1" else {}
 
