@@ -1,4 +1,4 @@
-"""Tests of small.py, real data from their files to a score, and of gallery.py."""
+"""Tests of small.py, real data from their files to a score, of gallery.py and denoising.py."""
 import gzip
 import json
 import os
@@ -12,9 +12,10 @@ from PIL import Image
 
 import data
 import fid
+import model
 import sample
 import train
-from extras import gallery, small
+from extras import denoising, gallery, small
 from extras.test_formats import idx_pair
 from test_all import CACHE, assert_same_state, raises, tiny_run, write_npz
 
@@ -179,3 +180,40 @@ def test_gallery_table_and_animation(tmp_path, capsys):
     raises(lambda: gallery.Run(jump + ":2"), f"{jump}:2", "takes 1 evaluations")
     gallery.main([])
     assert "noise.gif" in capsys.readouterr().out
+
+
+def test_denoising_tells_error_and_contrast(tmp_path, capsys):
+    """A network that draws 0.7 x + 0.1 has contrast 0.7 and an error that is known, also below t_min and
+    for images of a second call; a table has two lines for each run, of all times."""
+    x, y = data.to_float(data.glyphs(260, 8)[0]), torch.arange(260)
+    e = data.Draws(0, range(260)).normal("noise", x.shape[1:])
+
+    class Drawing(torch.nn.Module):
+        t_min = 0.05
+
+        def forward(self, x_t, t, y):
+            at = t.view(-1, 1, 1, 1)
+            assert (x_t - (1 - at) * x[y] - at * e[y]).abs().max() < 1e-6
+            return (x_t - 0.7 * x[y] - 0.1) / at.clamp_min(self.t_min)
+
+    want = (0.3 * x - 0.1).square().mean().sqrt()
+    for t in (0.03, 0.5, 1.0):
+        error, contrast = denoising.error_and_contrast(denoising.denoise(Drawing(), x, y, t), x)
+        assert abs(error - want) < 1e-5 and abs(contrast - 0.7) < 1e-5
+
+    for loss, options in (("fm", {}), ("afm", dict(init=str(tmp_path / "fm")))):
+        train.train(tiny_run(tmp_path / loss, loss, steps=2, **options))
+    small = ["--num", "20", "--device", "cpu"]
+    denoising.main([str(tmp_path / "fm"), *small])
+    head, _, error, contrast, _, last = capsys.readouterr().out.strip().splitlines()[-6:]
+    assert [line.count("|") for line in (head, error, contrast)] == [14] * 3 and "20 images" in last
+    images, y = data.glyphs(20, seed=1)
+    x, net = data.to_float(images), model.load(tmp_path / "fm" / "last.pt")
+    for k, t in ((3, 0.06), (13, 0.97)):
+        found = denoising.error_and_contrast(denoising.denoise(net, x, y, t), x)
+        assert [line.split("|")[k] for line in (error, contrast)] == [f" {value:.3f} " for value in found]
+    raises(lambda: denoising.main([str(tmp_path / "afm"), *small]), "afm", "has no time")
+    wrong = str(write_npz(tmp_path / "a.npz", data.glyphs(12)[0], torch.arange(12)))
+    raises(lambda: denoising.main([str(tmp_path / "fm"), "--data", wrong, *small]), "10 classes", "12")
+    denoising.main([])
+    assert "contrast" in capsys.readouterr().out
