@@ -35,14 +35,15 @@ def shortcut(net, x: Tensor, y: Tensor, draws: data.Draws, cfg) -> tuple[Tensor,
     target v. omega: see `two_jumps`.
 
     paper: targets by averaged weights, clipped to +-4; here: by the weights themselves, as in the core.
-    paper: uniform times, finest 128, an eighth of jumps; here: the times of fm, for jumps as well, and what
-    3,000 steps are enough for. Where jumps have times that velocities hardly have, or a weight that evens
-    out their losses (meanflow's p = 1), the targets run away.
+    paper: uniform times, finest 128, an eighth of jumps; here: velocities have the times of fm, jumps start
+    at uniform ones from `jump_low` on, and half the samples are jumps. Where jumps start below velocities'
+    times, or have a weight that evens out their losses (meanflow's p = 1), the targets run away.
     """
     jumps = is_jump(draws, cfg)
     level = (draws.uniform("length of the jump") * math.log2(cfg.finest)).floor()
     n = torch.where(jumps, 2 ** level, cfg.finest)
-    t = ((sample_times(draws, cfg) * n).floor() + 1) / n
+    start = cfg.jump_low + (1 - cfg.jump_low) * draws.uniform("time")
+    t = ((torch.where(jumps, start, sample_times(draws, cfg)) * n).floor() + 1) / n
     r = t - 1 / n
 
     e = draws.normal("noise", x.shape[1:])
@@ -81,14 +82,14 @@ def check_shortcut(cfg) -> None:
         raise ValueError(f"--omega {cfg.omega} --label_drop {cfg.label_drop}: guidance needs dropped labels")
 
 
-FLAGS = dict(jumps=option(0.5, "share of samples that learn a jump; the others learn the velocity"),
+FLAGS = dict(jumps=losses.JUMPS["jumps"], jump_low=losses.JUMPS["jump_low"],
              finest=option(32, "the shortest jumps are 1 / finest long, a power of 2"),
              omega=option(1.0, "guidance scale that the network learns; 1 is none"))
 
 losses.register("shortcut", shortcut, flags=FLAGS, defaults=losses.FROM_FLOW | dict(steps=4000),
                 scratch=losses.FROM_SCRATCH,
                 check=check_shortcut, sampling=losses.flow_map, network=lambda cfg, source: dict(times=2),
-                points=dict(steps=2500, ema=0.99))
+                points=dict(steps=2500, ema=0.99, jump_low=0.0))
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -342,6 +342,11 @@ def test_shortcut_halves_and_grid():
     assert abs(loss - (3 - (e - x)).square().mean()) < 1e-6
     assert logs["jump"] == 0 and abs(logs["flow"] - loss) < 1e-6
     assert (t - r == 1 / 16).all() and len(t.unique()) == 16
+    cfg = on_points("shortcut", finest=16, jump_low=0.4, time="logit_normal", time_mean=0.8, time_std=0.8)
+    for drawn, start in ((draws, 0.4 + 0.6 * u["time"]), (flow, losses.sample_times(flow, cfg))):
+        shortcut.shortcut(net, x, y, drawn, cfg)
+        t, r, _ = net.seen[-1]
+        assert (r <= start + 1e-9).all() and (start <= t + 1e-9).all() and t.min() < 0.51
 
 
 def test_one_step_composition():
@@ -707,7 +712,7 @@ def test_defaults():
             ("pafm", dict(candidates=16, bank=256, time_mean=0.8, label_drop=0.1)),
             ("imf", dict(jumps=0.35, p=1.0, head=0, omega_max=1.0, **from_flow)),
             ("soflow", dict(jumps=0.5, p=1.0, amp="off", omega=1.0, **from_flow)),
-            ("shortcut", dict(jumps=0.5, finest=32, omega=1.0, sample_steps=1)),
+            ("shortcut", dict(jumps=0.5, jump_low=0.2, finest=32, omega=1.0, sample_steps=1)),
             ("scm", dict(lr=1e-3, label_drop=0.0, time_mean=-1.0, time_std=1.4, data_std=0.42)),
             ("meanflow_guided", dict(jumps=0.5, p=1.0, omega=1.0, kappa=0.0, guide_until=1.0))):
         cfg = train.configure(loss, init="a flow")
