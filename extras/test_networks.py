@@ -326,6 +326,10 @@ def test_networks_zoo():
             assert len(net.state_dict()) == tensors and trained == (values or trained), name
             assert net.shape == (3, 16 * net.patch, 16 * net.patch) and net.predict == "x"
             assert net.extra_tokens == 32 and net.context_start == len(net.blocks) // 3
+        jit, lit, moe = (model.create(f"{name}-glyph") for name in ("JiT", "LiT", "MoE"))
+        assert jit.config["bottleneck"] == jit.config["width"] and lit.config["heads"] == 2  # found on glyphs
+        for net in (jit, lit, moe):
+            assert all(net.config[key] == model.ZOO["glyph-S"][key] for key in ("width", "depth", "patch"))
         for name in ("SiT-S/2", "MoE-S/2", "LiT-S/2", "JiT-S/16"):
             costs[name] = model.multiply_adds(model.create(name))
         state = {k: tuple(v.shape) for k, v in model.create("JiT-B/16").state_dict().items()}
