@@ -10,9 +10,9 @@ may have become x_t. Two numbers at each time t:
     contrast   <x_net, x> / <x, x>, both less their mean over pixels: 1 as the data, below 1 duller. A little
                below is right where noise hides something; near the data the best network has 1.
 
-A loss is a mean over the times that training draws and hides both: times that it hardly draws decide how
-samples end, and FD-glyphs goes with them (README.md, "glyphs"). Weights are the averaged ones, of networks
-with a time; of jumps (t, r) the velocity at r = t.
+A loss is a mean over times and shows neither: times that training hardly draws decide how samples end, and
+FD-glyphs follows them (README.md, "glyphs"). Weights are the averaged ones. Networks of jumps give their
+velocity, r = t; those that jump from noise to data have none, and are refused.
 """
 import dataclasses
 import itertools

@@ -37,14 +37,14 @@ def shortcut(net, x: Tensor, y: Tensor, draws: data.Draws, cfg) -> tuple[Tensor,
     paper: targets by averaged weights, clipped to +-4; here: by the weights themselves, as in the core.
     paper: uniform times, finest 128, an eighth of jumps, all lengths equally often; here: velocities have
     the times of fm, jumps start at uniform ones from `jump_low` on, half the samples are jumps, and a third
-    of these the longest. Where jumps start below velocities' times, or have a weight that evens out their
-    losses (meanflow's p = 1), the targets run away.
+    of these the longest. Where jumps start near the data, at times that velocities hardly have, or have
+    a weight that evens out their losses (meanflow's p = 1), the targets run away.
     """
     jumps = is_jump(draws, cfg)
     level = (draws.uniform("length of the jump") ** 1.5 * math.log2(cfg.finest)).floor()
     n = torch.where(jumps, 2 ** level, cfg.finest)
     start = cfg.jump_low + (1 - cfg.jump_low) * draws.uniform("time")
-    t = ((torch.where(jumps, start, sample_times(draws, cfg)) * n).floor() + 1) / n
+    t = ((torch.where(jumps, start, sample_times(draws, cfg)) * n).floor() + 1).clamp_max(n) / n
     r = t - 1 / n
 
     e = draws.normal("noise", x.shape[1:])

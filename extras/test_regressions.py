@@ -347,6 +347,9 @@ def test_shortcut_halves_and_grid():
         shortcut.shortcut(net, x, y, drawn, cfg)
         t, r, _ = net.seen[-1]
         assert (r <= start + 1e-9).all() and (start <= t + 1e-9).all() and t.min() < 0.51
+    late = Given(e, **{**u, "time": torch.full((n,), 1 - 2 ** -24)}, jump_or_flow=draws.uniform("jump or flow"))
+    shortcut.shortcut(net, x, y, late, on_points("shortcut", finest=16, jump_low=0.9))
+    assert (net.seen[-1][0] == 1).all()  # where rounding gives a start of 1
 
 
 def test_one_step_composition():
