@@ -140,7 +140,7 @@ FLAGS = dict(stages=option(3, "stages of the generator, and scales of the discri
              cons=option(0.1, "weight of the distance of the stages to the last one"),
              cons_detach=option(False, "the last stage is detached in it"),
              cons_space=option("full", "compare stages at full resolution, or at their own", ("full", "own")),
-             gp=option(0.01, "weight of the gradient penalties R1 and R2"),
+             gp=option(0.003, "weight of the gradient penalties R1 and R2"),
              encoder=option("", "align D with a frozen encoder, FILE.py:NAME; latents may have features"),
              align=option(1.0, "weight of that alignment"),
              d_lr=option(1e-3, "learning rate of the discriminator; 0: the same"),
