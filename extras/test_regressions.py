@@ -332,7 +332,8 @@ def test_shortcut_halves_and_grid():
     assert exact < 1e-24 and other > 1e-6
     net = ByLabel(3., 3., 1.)
     loss, logs = shortcut.shortcut(net, x, y, draws, on_points("shortcut", finest=16, omega=2.0))
-    shortest = (u["length_of_the_jump"] ** 1.5 >= 0.75).double().mean()  # 1 + 2 (3 - 1) = 5 there, 3 in longer ones
+    shortest = (u["length_of_the_jump"] ** 1.5 >= 0.75).double().mean()
+    # there 1 + 2 (3 - 1) = 5, in longer ones 3
     assert abs(loss - shortest * 4) < 1e-6 and abs(logs["jump"] - loss) < 1e-6 and logs["flow"] == 0
     t, r, _ = net.seen[0]
     assert (1 / (t - r)).round().unique().tolist() == [1, 2, 4, 8] and t.max() == 1 and r.min() == 0
@@ -347,7 +348,7 @@ def test_shortcut_halves_and_grid():
         shortcut.shortcut(net, x, y, drawn, cfg)
         t, r, _ = net.seen[-1]
         assert (r <= start + 1e-9).all() and (start <= t + 1e-9).all() and t.min() < 0.51
-    late = Given(e, **{**u, "time": torch.full((n,), 1 - 2 ** -24)}, jump_or_flow=draws.uniform("jump or flow"))
+    late = Given(e, **u | dict(jump_or_flow=torch.full((n,), 0.99), time=torch.full((n,), 1 - 2 ** -24)))
     shortcut.shortcut(net, x, y, late, on_points("shortcut", finest=16, jump_low=0.9))
     assert (net.seen[-1][0] == 1).all()  # where rounding gives a start of 1
 
