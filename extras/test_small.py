@@ -203,17 +203,17 @@ def test_denoising_tells_error_and_contrast(tmp_path, capsys):
 
     for loss, options in (("fm", {}), ("afm", dict(init=str(tmp_path / "fm")))):
         train.train(tiny_run(tmp_path / loss, loss, steps=2, **options))
-    small = ["--num", "20", "--device", "cpu"]
+    images, y = data.glyphs(30, seed=1)
+    small = ["--num", "20", "--device", "cpu", "--data", write_npz(tmp_path / "other.npz", images, y)]
     denoising.main([str(tmp_path / "fm"), *small])
     head, _, error, contrast, _, last = capsys.readouterr().out.strip().splitlines()[-6:]
     assert [line.count("|") for line in (head, error, contrast)] == [14] * 3 and "20 images" in last
-    images, y = data.glyphs(20, seed=1)
-    x, net = data.to_float(images), model.load(tmp_path / "fm" / "last.pt")
+    x, y, net = data.to_float(images[:20]), y[:20], model.load(tmp_path / "fm" / "last.pt")
     for k, t in ((3, 0.06), (13, 0.97)):
         found = denoising.error_and_contrast(denoising.denoise(net, x, y, t), x)
         assert [line.split("|")[k] for line in (error, contrast)] == [f" {value:.3f} " for value in found]
     raises(lambda: denoising.main([str(tmp_path / "afm"), *small]), "afm", "has no time")
-    wrong = str(write_npz(tmp_path / "a.npz", data.glyphs(12)[0], torch.arange(12)))
-    raises(lambda: denoising.main([str(tmp_path / "fm"), "--data", wrong, *small]), "10 classes", "12")
+    write_npz(tmp_path / "other.npz", images[:12], torch.arange(12))
+    raises(lambda: denoising.main([str(tmp_path / "fm"), *small]), "10 classes", "12")
     denoising.main([])
     assert "contrast" in capsys.readouterr().out
