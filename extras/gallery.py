@@ -125,12 +125,20 @@ class Config:
     seed: int = option(0, "of the noise")
 
 
-def main(argv: list[str] | None = None) -> None:
+def runs_and_settings(config: type, argv: list[str] | None, description: str) -> tuple:
+    """The runs that a command line names before its flags, and its settings; without runs it shows how."""
     argv = sys.argv[1:] if argv is None else argv
     paths = list(itertools.takewhile(lambda word: not word.startswith("-"), argv))
-    cfg = data.parse(Config, argv[len(paths):], __doc__)
+    cfg = data.parse(config, argv[len(paths):], description)
     if not paths:
-        return print(__doc__.strip())
+        print(description.strip())
+    return paths, cfg
+
+
+def main(argv: list[str] | None = None) -> None:
+    paths, cfg = runs_and_settings(Config, argv, __doc__)
+    if not paths:
+        return
     runs = [Run(path) for path in paths]
     if cfg.out.endswith(".gif"):
         first, *rest = animation(runs, cfg.seed)

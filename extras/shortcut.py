@@ -11,7 +11,7 @@ learned is Euler's method in `finest` steps. --omega trains guidance into it, at
 1-D mixture, seed 0, W1 in 1, 2, 4 and 50 steps: 0.074, 0.067, 0.048, 0.023 (meanflow: 0.083, 0.074, 0.047,
 0.016); rms to the exact flow map: 0.116, 0.106, 0.090, 0.047 (0.116, 0.120, 0.070, 0.039).
 
-On glyphs: extras/README.md. A step takes 1.2 of fm's time with an eighth of jumps, more with half.
+On glyphs: extras/README.md. A step takes 1.3 of fm's time (1.2 with an eighth of jumps).
 """
 import math
 import sys

@@ -298,8 +298,8 @@ def test_cat_is_one_pass_of_stages(tmp_path, capsys):
     train.main(f"--loss cat --out {out} --data {SMALL_SET} --steps 2 --batch 8 --score 0 --sample_every 0 "
                f"--device cpu".split())
     config = checkpoint(out)["config"]
-    found = dict(beta1=0.0, beta2=0.99, label_drop=0.0, lr=4e-4, gp=0.003, augment=1.0, decay="constant")
-    assert {key: config[key] for key in found} == found
+    expected = dict(beta1=0.0, beta2=0.99, label_drop=0.0, lr=4e-4, gp=0.003, augment=1.0, decay="constant")
+    assert {key: config[key] for key in expected} == expected
     assert train.learning_rate(999, train.configure("cat"), "D") == 1e-3
     net, labels = model.load(out / "last.pt"), sample.labels_for(3, 10)
     (_, fake), = sample.generate(net, labels, 5, steps=1, solver="euler")

@@ -183,12 +183,12 @@ def test_gallery_table_and_animation(tmp_path, capsys):
 
 
 def test_denoising_tells_error_and_contrast(tmp_path, capsys):
-    """A network that draws 0.7 x + 0.1 has contrast 0.7 and an error that is known, also below t_min and
+    """A network that predicts 0.7 x + 0.1 has contrast 0.7 and an error that is known, also below t_min and
     for images of a second call; a table has two lines for each run, of all times."""
     x, y = data.to_float(data.glyphs(260, 8)[0]), torch.arange(260)
     e = data.Draws(0, range(260)).normal("noise", x.shape[1:])
 
-    class Drawing(torch.nn.Module):
+    class Known(torch.nn.Module):
         t_min = 0.05
 
         def forward(self, x_t, t, y):
@@ -198,13 +198,13 @@ def test_denoising_tells_error_and_contrast(tmp_path, capsys):
 
     want = (0.3 * x - 0.1).square().mean().sqrt()
     for t in (0.03, 0.5, 1.0):
-        error, contrast = denoising.error_and_contrast(denoising.denoise(Drawing(), x, y, t), x)
+        error, contrast = denoising.error_and_contrast(denoising.denoise(Known(), x, y, t), x)
         assert abs(error - want) < 1e-5 and abs(contrast - 0.7) < 1e-5
 
     for loss, options in (("fm", {}), ("afm", dict(init=str(tmp_path / "fm")))):
         train.train(tiny_run(tmp_path / loss, loss, steps=2, **options))
     images, y = data.glyphs(30, seed=1)
-    small = ["--num", "20", "--device", "cpu", "--data", write_npz(tmp_path / "other.npz", images, y)]
+    small = ["--n", "20", "--device", "cpu", "--data", write_npz(tmp_path / "other.npz", images, y)]
     denoising.main([str(tmp_path / "fm"), *small])
     head, _, error, contrast, _, last = capsys.readouterr().out.strip().splitlines()[-6:]
     assert [line.count("|") for line in (head, error, contrast)] == [14] * 3 and "20 images" in last
@@ -212,8 +212,9 @@ def test_denoising_tells_error_and_contrast(tmp_path, capsys):
     for k, t in ((3, 0.06), (13, 0.97)):
         found = denoising.error_and_contrast(denoising.denoise(net, x, y, t), x)
         assert [line.split("|")[k] for line in (error, contrast)] == [f" {value:.3f} " for value in found]
-    raises(lambda: denoising.main([str(tmp_path / "afm"), *small]), "afm", "has no time")
-    write_npz(tmp_path / "other.npz", images[:12], torch.arange(12))
+    raises(lambda: denoising.main([str(tmp_path / "afm"), *small]), "afm", "only jumps")
+    small[-1] = write_npz(tmp_path / "twelve.npz", images[:12], torch.arange(12))
     raises(lambda: denoising.main([str(tmp_path / "fm"), *small]), "10 classes", "12")
+    raises(lambda: denoising.main([str(tmp_path / "fm"), "--n", "0"]), "--n 0")
     denoising.main([])
     assert "contrast" in capsys.readouterr().out
